@@ -1,0 +1,1 @@
+"""Tensor functions with a reference and fast implementations."""
