@@ -1,0 +1,25 @@
+"""The attention registry: one file a mechanism, all behind one contract."""
+
+from zoo.attention.base import Attention
+from zoo.attention.registry import (
+    AttentionSpec,
+    attention_spec,
+    create_attention,
+    list_attentions,
+    register_attention,
+    with_defaults,
+)
+from zoo.attention.softmax import SoftmaxAttention
+from zoo.attention.uniform import UniformAttention
+
+__all__ = [
+    "Attention",
+    "AttentionSpec",
+    "SoftmaxAttention",
+    "UniformAttention",
+    "attention_spec",
+    "create_attention",
+    "list_attentions",
+    "register_attention",
+    "with_defaults",
+]

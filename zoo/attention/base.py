@@ -1,0 +1,100 @@
+"""The contract that every attention mechanism keeps, and the small pieces that several of them share."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# Added to the logit of a key that may not be attended. Finite, so that a row without any key stays free of NaN in forward
+# and backward; exp(-3e4) is exactly 0 in every dtype, and fp16 can hold it.
+MASKED = -3.0e4
+
+Grid = tuple[int, int]
+
+
+class Attention(nn.Module):
+    """One attention mechanism in its native layout.
+
+    Layout "tokens": x is (B, P + H*W, dim), P prefix tokens first, then the grid row by row; the answer is
+    (B, P + H'*W', dim_out). Layout "map": x is (B, dim, H, W); the answer is (B, dim_out, H', W').
+
+    `forward` and `attention_map` of every mechanism take
+
+    * grid: (H, W); only tokens whose grid is not `grid_size` nor square need it,
+    * key_mask: bool (B or 1, keys), True where a key may be attended; a query without any key answers zero before the
+      output projection,
+    * bias: float, broadcastable to (B, heads, queries, keys), added to the logits.
+
+    They should be passed by keyword. They are not keyword-only because TorchScript cannot compile such arguments.
+    """
+
+    layout: str = "tokens"
+
+    def __init__(self, dim: int, dim_out: int | None = None, grid_size: Grid = (14, 14), num_prefix_tokens: int = 0):
+        super().__init__()
+        self.dim = dim
+        self.dim_out = dim if dim_out is None else dim_out
+        self.grid_size = (int(grid_size[0]), int(grid_size[1]))
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def out_grid(self, grid: Grid) -> Grid:
+        """The grid (H', W') of the answer to a grid (H, W): the same unless the mechanism has a stride."""
+        return grid
+
+    def attention_map(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """The weights (B, heads, queries, keys), explicit or implied, that the mechanism gives to x; for looking."""
+        raise NotImplementedError(f"{type(self).__name__} has no attention map")
+
+    def token_grid(self, x: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
+        """The grid of tokens x (B, P + H*W, C): as given, else `grid_size` where it fits, else a square.
+
+        Raises:
+            ValueError: the tokens do not fill the grid.
+        """
+        count = x.shape[1] - self.num_prefix_tokens
+        if grid is None:
+            height, width = self.grid_size
+            if height * width != count:
+                height = int(math.sqrt(count) + 0.5)
+                width = height
+        else:
+            height, width = grid
+        if height * width != count:
+            raise ValueError(
+                f"{x.shape[1]} tokens with {self.num_prefix_tokens} prefix tokens do not fill a grid of "
+                f"{height} x {width}; pass grid=(H, W) with H*W = {count}"
+            )
+        return height, width
+
+
+def logit_bias(
+    key_mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype, masked: float = MASKED
+) -> Tensor | None:
+    """What to add to logits (B, heads, queries, keys) for a key mask (B or 1, keys) and a bias; None for nothing."""
+    if bias is not None:
+        bias = bias.to(dtype)
+    if key_mask is None:
+        return bias
+    blocked = ~key_mask[:, None, None, :]
+    if bias is None:
+        return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, masked)
+    return bias.masked_fill(blocked, masked)
+
+
+def zero_without_keys(out: Tensor, key_mask: Tensor | None) -> Tensor:
+    """`out` (B, heads, queries, ...) with zero for the images in which no key may be attended."""
+    if key_mask is None:
+        return out
+    return out.masked_fill(~key_mask.any(dim=1)[:, None, None, None], 0.0)
+
+
+def check_heads(name: str, dim: int, num_heads: int) -> int:
+    """The width of one head.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`.
+    """
+    if num_heads < 1 or dim % num_heads:
+        divisors = [n for n in range(1, dim + 1) if dim % n == 0 and n <= 64]
+        raise ValueError(f"attention {name!r}: num_heads={num_heads} does not divide {dim} channels; valid: {divisors}")
+    return dim // num_heads
