@@ -11,12 +11,16 @@ from zoo.attention.registry import (
 )
 from zoo.attention.softmax import SoftmaxAttention
 from zoo.attention.uniform import UniformAttention
+from zoo.attention.window import CrossWindowAttention, ShiftedWindowAttention, WindowAttention
 
 __all__ = [
     "Attention",
     "AttentionSpec",
+    "CrossWindowAttention",
+    "ShiftedWindowAttention",
     "SoftmaxAttention",
     "UniformAttention",
+    "WindowAttention",
     "attention_spec",
     "create_attention",
     "list_attentions",

@@ -15,7 +15,7 @@ def tokens_to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def map_to_tokens(x: Tensor) -> Tensor:
-    """A map (B, C, H, W) as tokens (B, H*W, C): a view of a dense channels-last map, else one copy by the next reader."""
+    """A map (B, C, H, W) as tokens (B, H*W, C): a view of a dense channels-last map, else one copy."""
     return x.flatten(2).transpose(1, 2) if x.shape[1] == 1 else x.permute(0, 2, 3, 1).flatten(1, 2)
 
 

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-# Added to the logit of a key that may not be attended. Finite, so that a row without any key stays free of NaN in forward
-# and backward; exp(-3e4) is exactly 0 in every dtype, and fp16 can hold it.
+# Added to the logit of a key that may not be attended. Finite, so that a row without any key stays free of NaN in
+# forward and backward; exp(-3e4) is exactly 0 in every dtype, and fp16 can hold it.
 MASKED = -3.0e4
 
 Grid = tuple[int, int]

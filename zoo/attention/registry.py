@@ -25,7 +25,7 @@ class AttentionSpec:
         layout: "tokens" or "map", the native one.
         options: keyword and default of every option of the constructor.
         supports: which of "key_mask", "bias" and "prefix" (prefix tokens that take part) forward accepts.
-        prefix: what happens to prefix tokens: they "mix" with the others, "pass" unchanged, or the mechanism "refuse"s them.
+        prefix: what happens to prefix tokens: they "mix" with the others, "pass" unchanged, or it "refuse"s them.
         cost: multiplications and additions of one image with default options: N tokens, C channels.
         wrapper: whether it composes another mechanism, given as `inner` and `inner_options`.
     """
@@ -123,13 +123,13 @@ def create_attention(
         )
     own_prefix = num_prefix_tokens if spec.prefix == "mix" else 0
     attention = spec.cls(dim, grid_size=grid_size, num_prefix_tokens=own_prefix, **options)
-    if spec.layout == layout:
-        return attention if spec.prefix == "mix" or not num_prefix_tokens else TokensAdapter(attention, num_prefix_tokens)
+    if spec.layout == layout and own_prefix == num_prefix_tokens:
+        return attention
     return MapAdapter(attention) if layout == "map" else TokensAdapter(attention, num_prefix_tokens)
 
 
 def with_defaults(name: str, options: Mapping[str, Any] | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's options over a host's defaults (num_heads, qkv_bias, dropout, ...), as far as the mechanism knows these.
+    """The user's options over a host's defaults (num_heads, qkv_bias, dropout, ...), as far as the mechanism has these.
 
     The defaults of a wrapper go on to the mechanism inside it. The user's options are kept as they are, so that a wrong
     one is refused by `create_attention`.

@@ -34,8 +34,8 @@ class SoftmaxAttention(Attention):
         proj: whether a linear layer follows.
         grid_size, num_prefix_tokens: as `create_attention` takes them.
 
-    With `sr_ratio` > 1 key_mask still speaks of the tokens (a reduced cell may be attended if any of its tokens may) and
-    bias of the reduced keys.
+    With `sr_ratio` > 1 key_mask still speaks of the tokens (a reduced cell may be attended if any of its tokens may)
+    and bias of the reduced keys.
     """
 
     def __init__(
