@@ -57,11 +57,12 @@ class UniformAttention(Attention):
         """x (B, P + H*W, dim) -> (B, P + H*W, dim_out), equal in every token; see `Attention` for the rest."""
         if bias is not None:
             raise ValueError("attention 'uniform' has no logits, so it takes no bias; use 'softmax' for that")
+        wide = torch.promote_types(x.dtype, torch.float32)
         if key_mask is None:
-            values = self.v(x.mean(dim=1, keepdim=True, dtype=torch.float32).to(x.dtype))
+            values = self.v(x.mean(dim=1, keepdim=True, dtype=wide).to(x.dtype))
         else:
             count = key_mask.sum(dim=1)[:, None, None]
-            total = (x * key_mask[:, :, None]).sum(dim=1, keepdim=True, dtype=torch.float32)
+            total = (x * key_mask[:, :, None]).sum(dim=1, keepdim=True, dtype=wide)
             values = self.v((total / count.clamp(min=1)).to(x.dtype)).masked_fill(count == 0, 0.0)
         return self.proj_drop(self.proj(values).expand(-1, x.shape[1], -1))
 

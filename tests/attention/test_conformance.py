@@ -1,0 +1,314 @@
+"""What every registered mechanism must keep, whatever its mathematics: a new entry is tested by being registered."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from zoo.attention import attention_spec, create_attention, list_attentions, register_attention, with_defaults
+from zoo.attention.adapters import MapAdapter, TokensAdapter
+from zoo.attention.base import Attention
+from zoo.errors import UsageError
+
+DIM = 32
+SIZES = [(1, 1), (7, 13), (14, 14)]
+# Wrappers stand for themselves over their default inner mechanism, and once over another one.
+CASES = [(name, {}) for name in list_attentions()] + [
+    ("window", {"inner": "uniform"}),
+    ("shifted_window", {"inner": "uniform"}),
+    ("cross_window", {"inner": "uniform"}),
+    ("window", {"rel_pos_bias": True, "window_size": 3}),
+    ("shifted_window", {"rel_pos_bias": True, "window_size": (4, 5)}),
+    ("softmax", {"sr_ratio": 2}),
+]
+IDS = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in CASES]
+each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+
+# Another value for every option; a float that dropout uses is compared in training.
+OTHER = {
+    "num_heads": 4,
+    "dim_out": 16,
+    "qkv_bias": False,
+    "qk_norm": True,
+    "sr_ratio": 2,
+    "attn_drop": 0.5,
+    "proj_drop": 0.5,
+    "proj": False,
+    "inner": "uniform",
+    "inner_options": {"qkv_bias": False},
+    "window_size": 3,
+    "shift_size": 1,
+    "rel_pos_bias": True,
+    "stripe_width": 2,
+}
+
+
+def build(name, options, **framework):
+    torch.manual_seed(1)
+    return create_attention(name, DIM, **framework, **options).eval()
+
+
+def prefixes(name):
+    return (0, 1) if attention_spec(name).prefix != "refuse" else (0,)
+
+
+def tokens(grid, prefix=0, batch=2, dtype=torch.float32, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, prefix + grid[0] * grid[1], DIM, generator=generator).to(dtype)
+
+
+@each_case
+@pytest.mark.parametrize("grid", SIZES)
+def test_any_grid_with_and_without_prefix(name, options, grid):
+    for prefix in prefixes(name):
+        attention = build(name, options, num_prefix_tokens=prefix)
+        x = tokens(grid, prefix)
+        out = attention(x, grid)
+        rows, columns = attention.out_grid(grid)
+        assert out.shape == (2, prefix + rows * columns, attention.dim_out)
+        assert out.isfinite().all()
+        if attention_spec(name).prefix == "pass" and prefix:
+            assert torch.equal(out[:, :prefix], x[:, :prefix])
+
+
+@each_case
+def test_tables_follow_the_grid(name, options):
+    """The same parameters serve every grid: what was made for 7 x 7 runs at 7 x 13, and its state loads elsewhere."""
+    small, other = (build(name, options, grid_size=size) for size in ((7, 7), (7, 7)))
+    other.load_state_dict(small.state_dict(), strict=True)
+    x = tokens((7, 13))
+    assert torch.equal(small(x, (7, 13)), other(x, (7, 13)))
+
+
+@each_case
+def test_both_layouts_agree(name, options):
+    grid = (7, 13)
+    x = tokens(grid)
+    flat = build(name, options, layout="tokens")(x, grid)
+    shaped = build(name, options, layout="map")(x.transpose(1, 2).unflatten(2, grid).contiguous())
+    # The sums run over other memory layouts: float32 noise.
+    torch.testing.assert_close(shaped.flatten(2).transpose(1, 2), flat, rtol=1e-5, atol=1e-5)
+
+
+@each_case
+def test_independent_of_the_rest_of_the_batch(name, options):
+    grid = (7, 13)
+    attention = build(name, options)
+    x = tokens(grid, batch=3)
+    torch.testing.assert_close(attention(x, grid)[1:2], attention(x[1:2], grid), rtol=1e-5, atol=1e-6)
+    assert torch.equal(attention(x, grid), attention(x, grid))
+
+
+@each_case
+def test_every_parameter_gets_a_gradient(name, options):
+    grid = (14, 14)
+    for prefix in prefixes(name):
+        attention = build(name, options, num_prefix_tokens=prefix).train()
+        x = tokens(grid, prefix).requires_grad_()
+        # A plain sum would leave what softmax normalises away without a gradient.
+        weight = torch.randn(attention(x, grid).shape, generator=torch.Generator().manual_seed(3))
+        (attention(x, grid) * weight).sum().backward()
+        silent = [key for key, p in attention.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        assert not silent
+        assert x.grad.isfinite().all()
+
+
+@each_case
+def test_key_mask_hides_keys_or_is_refused(name, options):
+    grid = (7, 13)
+    for prefix in prefixes(name):
+        attention = build(name, options, num_prefix_tokens=prefix)
+        x = tokens(grid, prefix)
+        mask = torch.ones(2, x.shape[1], dtype=torch.bool)
+        mask[:, prefix + 5 : prefix + 9] = False
+        if "key_mask" not in attention_spec(name).supports:
+            with pytest.raises(ValueError, match=r"mask"):
+                attention(x, grid, key_mask=mask)
+            continue
+        changed = x.clone()
+        changed[~mask] = 7.0
+        before, after = attention(x, grid, key_mask=mask), attention(changed, grid, key_mask=mask)
+        torch.testing.assert_close(before[mask], after[mask], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(attention(x, grid)[mask], attention(changed, grid)[mask], atol=1e-4)
+        # One row for the whole batch means the same as a row for each image.
+        assert torch.equal(attention(x, grid, key_mask=mask[:1]), before)
+        # Not one key: no NaN, neither in the answer nor in a gradient.
+        x.requires_grad_()
+        empty = attention(x, grid, key_mask=torch.zeros_like(mask))
+        empty.sum().backward()
+        assert empty.isfinite().all()
+        assert x.grad.isfinite().all()
+
+
+@each_case
+def test_bias_is_taken_or_refused(name, options):
+    grid = (7, 13)
+    attention = build(name, options)
+    x = tokens(grid)
+    keys = attention.attention_map(x, grid).shape[-1]
+    bias = torch.randn(1, 1, x.shape[1], keys, generator=torch.Generator().manual_seed(4))
+    if "bias" in attention_spec(name).supports:
+        assert not torch.allclose(attention(x, grid, bias=bias), attention(x, grid), atol=1e-4)
+    else:
+        with pytest.raises(ValueError, match="bias"):
+            attention(x, grid, bias=bias)
+
+
+@each_case
+def test_attention_map_rows_are_weights(name, options):
+    grid = (5, 6)
+    for prefix in prefixes(name):
+        attention = build(name, options, num_prefix_tokens=prefix)
+        weights = attention.attention_map(tokens(grid, prefix), grid)
+        assert weights.shape[0] == 2
+        assert weights.shape[2] == prefix + grid[0] * grid[1]
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)), rtol=1e-5, atol=1e-5)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_finite_and_near(name, options, dtype):
+    grid = (7, 13)
+    attention = build(name, options)
+    x = tokens(grid)
+    low = copy.deepcopy(attention).to(dtype)(x.to(dtype), grid)
+    assert low.dtype == dtype
+    # bf16 keeps 8 bits; the longest sum here is 91 values of order 1.
+    torch.testing.assert_close(low.float(), attention(x, grid), rtol=0.05, atol=0.05)
+    huge = copy.deepcopy(attention).to(dtype)(30 * x.to(dtype), grid)
+    assert huge.isfinite().all()
+
+
+@each_case
+def test_compiles_as_one_graph(name, options):
+    torch._dynamo.reset()
+    grid = (7, 13)
+    for prefix in prefixes(name):
+        attention = build(name, options, num_prefix_tokens=prefix)
+        x = tokens(grid, prefix)
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, grid), attention(x, grid), rtol=1e-5, atol=1e-5)
+
+
+@each_case
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
+def test_scripts_copies_and_pickles(name, options):
+    grid = (7, 13)
+    attention = build(name, options)
+    x = tokens(grid)
+    want = attention(x, grid)
+    torch.testing.assert_close(torch.jit.script(attention)(x, grid), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(copy.deepcopy(attention)(x, grid), want)
+    assert torch.equal(pickle.loads(pickle.dumps(attention))(x, grid), want)
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_every_option_changes_something(name):
+    grid = (7, 13)
+    spec = attention_spec(name)
+    assert set(spec.options) <= set(OTHER), "give each new option another value in OTHER"
+    base = build(name, {})
+    for option in spec.options:
+        other = build(name, {option: OTHER[option]})
+        same_state = {key: p.shape for key, p in base.named_parameters()} == {
+            key: p.shape for key, p in other.named_parameters()
+        }
+        outs = []
+        for attention in (base, other):
+            torch.manual_seed(5)
+            outs.append(attention.train("drop" in option)(tokens(grid), grid))
+        assert not same_state or outs[0].shape != outs[1].shape or not torch.allclose(*outs, atol=1e-5), option
+
+
+def test_unknown_names_and_options_help():
+    with pytest.raises(UsageError, match="Did you mean 'softmax'"):
+        create_attention("sofmax", DIM)
+    with pytest.raises(UsageError, match=r"'num_head'.*Did you mean 'num_heads'"):
+        create_attention("softmax", DIM, num_head=4)
+    with pytest.raises(UsageError, match=r"num_heads.*Valid: "):
+        create_attention("uniform", DIM, num_heads=4)
+    with pytest.raises(UsageError, match="layout"):
+        create_attention("softmax", DIM, layout="nchw")
+    with pytest.raises(UsageError, match="prefix"):
+        create_attention("softmax", DIM, layout="map", num_prefix_tokens=1)
+    with pytest.raises(UsageError, match="unknown attention 'sofmax'"):
+        create_attention("window", DIM, inner="sofmax")
+    with pytest.raises(ValueError, match=r"num_heads=5.*valid: "):
+        create_attention("softmax", DIM, num_heads=5)
+    with pytest.raises(UsageError, match="window_size"):
+        create_attention("window", DIM, window_size=0)
+    with pytest.raises(UsageError, match="smaller than the window"):
+        create_attention("shifted_window", DIM, window_size=4, shift_size=4)
+    with pytest.raises(ValueError, match=r"do not fill a grid"):
+        create_attention("window", DIM)(tokens((7, 13)), (7, 12))
+
+
+@pytest.mark.parametrize("name", [name for name in list_attentions() if attention_spec(name).wrapper])
+def test_tokens_of_no_known_grid_are_refused(name):
+    with pytest.raises(ValueError, match="pass grid="):
+        build(name, {})(tokens((7, 13)))
+
+
+def test_registering_checks_the_facts():
+    class Plain(Attention):
+        def __init__(self, dim, *, width=3, grid_size=(14, 14), num_prefix_tokens=0):
+            super().__init__(dim)
+
+    class Swallows(Attention):
+        def __init__(self, dim, **options):
+            super().__init__(dim)
+
+    facts = {"paper": "none", "cost": "0"}
+    with pytest.raises(ValueError, match="registered already"):
+        register_attention("softmax", prefix="mix", supports=("prefix",), **facts)(Plain)
+    with pytest.raises(ValueError, match=r"\*\*kwargs"):
+        register_attention("swallows", prefix="refuse", **facts)(Swallows)
+    with pytest.raises(ValueError, match="does not agree"):
+        register_attention("mixed", prefix="mix", **facts)(Plain)
+    assert "mixed" not in list_attentions()
+
+
+def test_defaults_of_a_host_reach_the_mechanism_inside():
+    defaults = {"num_heads": 4, "qkv_bias": False, "unheard_of": 1}
+    assert with_defaults("softmax", {"qkv_bias": True}, defaults) == {"num_heads": 4, "qkv_bias": True}
+    merged = with_defaults("window", {"window_size": 3}, defaults)
+    assert merged == {"window_size": 3, "inner_options": {"num_heads": 4, "qkv_bias": False}}
+    with pytest.raises(UsageError, match="num_head"):
+        create_attention("window", DIM, **with_defaults("window", {"inner_options": {"num_head": 2}}, defaults))
+
+
+class _Doubles(Attention):
+    """A mechanism that lives in maps and refuses masks, to test the adapters alone."""
+
+    layout = "map"
+
+    def forward(self, x, grid=None, key_mask=None, bias=None):
+        return 2 * x
+
+
+class _Shows(Attention):
+    """Returns its input, so that a test sees which memory the adapters hand on."""
+
+    def forward(self, x, grid=None, key_mask=None, bias=None):
+        return x
+
+
+def test_channels_last_maps_and_tokens_are_views():
+    x = torch.randn(2, DIM, 5, 6).contiguous(memory_format=torch.channels_last)
+    out = MapAdapter(_Shows(DIM))(x)
+    assert out.data_ptr() == x.data_ptr()
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    shows = _Shows(DIM)
+    shows.layout = "map"
+    t = torch.randn(2, 30, DIM)
+    out = TokensAdapter(shows)(t, (5, 6))
+    assert out.data_ptr() == t.data_ptr()
+    assert out.is_contiguous()
+
+
+def test_prefix_tokens_pass_a_native_map_unchanged():
+    x = torch.randn(2, 1 + 30, DIM)
+    out = TokensAdapter(_Doubles(DIM), num_prefix_tokens=1)(x, (5, 6))
+    assert torch.equal(out[:, :1], x[:, :1])
+    assert torch.equal(out[:, 1:], 2 * x[:, 1:])
