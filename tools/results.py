@@ -13,9 +13,9 @@ from pathlib import Path
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 HEAD = """# Results
 
-Every row is a run of the command under its table, read from its record in [results/](results/) by `tools/results.py`.
-Time counts from the first step of training, compilation included. One seed each unless a row says otherwise: differences
-of a few tenths of a point mean nothing. No hyperparameter was chosen on the test split.
+Every row is a run of the command under its table, read from its record in [results/](results/) by
+`tools/results.py`. Time counts from the first step of training, compilation included. One seed each unless a row says
+otherwise: differences of a few tenths of a point mean nothing. No hyperparameter was chosen on the test split.
 """
 COLUMNS = ("network", "input", "patch", "parameters M", "epochs", "train s", "images/s", "peak GB", "test top-1 %")
 NEEDED = ("command", "recipe", "seed", "hardware", "versions", "backbone", "parameters", "test")
