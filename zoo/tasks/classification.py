@@ -46,6 +46,10 @@ class Classification(LightningModule):
         UsageError: a name, an option, the image size or the weights do not fit.
     """
 
+    backbone: nn.Module
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         backbone: str = "zoo_vit_tiny_patch16_224",
@@ -86,13 +90,13 @@ class Classification(LightningModule):
             options=backbone_options,
             pretrained=pretrained,
         )
-        config = self.backbone.pretrained_cfg
-        mean = _per_channel("mean", mean if mean is not None else config["mean"], in_chans)
-        std = _per_channel("std", std if std is not None else config["std"], in_chans)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        config: Any = self.backbone.pretrained_cfg
+        means = _per_channel("mean", config["mean"] if mean is None else mean, in_chans)
+        stds = _per_channel("std", config["std"] if std is None else std, in_chans)
+        self.register_buffer("mean", torch.tensor(means).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(stds).view(-1, 1, 1), persistent=False)
         # The resolved values, so that a checkpoint needs neither the data nor a later version's defaults.
-        arguments |= {"img_size": list(size), "mean": mean, "std": std, "class_names": list(class_names)}
+        arguments |= {"img_size": list(size), "mean": means, "std": stds, "class_names": list(class_names)}
         self.save_hyperparameters(plain(arguments), logger=False)
         metrics = _metrics(len(class_names))
         self.val_metrics = metrics.clone(prefix="val/")
@@ -168,7 +172,7 @@ class Classification(LightningModule):
         loss = F.cross_entropy(logits, targets, label_smoothing=self.hparams["label_smoothing"])
         self._guard.check(loss, self.global_step)
         # `log` costs as much as a small kernel: call it only where the loggers will look.
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self._log_every() == 0:
             self.log("train/loss", loss.detach(), prog_bar=True)
             self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
@@ -226,6 +230,10 @@ class Classification(LightningModule):
         self.log(f"{stage}/loss", F.cross_entropy(logits, targets), batch_size=len(images), sync_dist=True)
         self.log_dict(metrics, prog_bar=stage == "val", batch_size=len(images))
         return {"logits": logits.detach(), "targets": targets}
+
+    def _log_every(self) -> int:
+        # An attribute that Lightning sets outside the Trainer's own code, unseen by type checkers.
+        return getattr(self.trainer, "log_every_n_steps", 50)
 
     def _set_frozen(self, frozen: bool) -> None:
         if frozen == self._frozen:
@@ -300,8 +308,9 @@ def _check_values(given: Mapping[str, Any]) -> None:
         raise UsageError("class_names is empty: give the names of the classes, or data that names them")
     if len(set(given["class_names"])) != len(given["class_names"]):
         raise UsageError("class_names holds a name twice")
-    if given["optimizer"] not in list_optimizers():
-        raise unknown("optimizer", given["optimizer"], list_optimizers())
+    optimizers = [str(name) for name in list_optimizers()]
+    if given["optimizer"] not in optimizers:
+        raise unknown("optimizer", given["optimizer"], optimizers)
     check_scheduler_name(given["scheduler"])
     if not 0 <= given["label_smoothing"] < 1:
         raise UsageError(f"label_smoothing={given['label_smoothing']}: it lies in [0, 1)")

@@ -36,7 +36,8 @@ class Schedule:
     """
 
     def __init__(self, optimizer: Optimizer, name: str, trainer: Trainer, options: Mapping[str, Any]):
-        timers = [c for c in trainer.callbacks if isinstance(c, Timer) and c.time_remaining() is not None]
+        callbacks: list = getattr(trainer, "callbacks", [])
+        timers = [c for c in callbacks if isinstance(c, Timer) and c.time_remaining() is not None]
         self._timer = timers[0] if timers else None
         updates = trainer.num_training_batches / trainer.accumulate_grad_batches
         updates = _CLOCK_UPDATES if math.isinf(updates) else max(1, math.ceil(updates))
@@ -53,7 +54,12 @@ class Schedule:
         self.length = epochs * updates
         try:
             self._scheduler, _ = create_scheduler_v2(
-                optimizer, sched=name, num_epochs=epochs, step_on_epochs=False, updates_per_epoch=updates, **options
+                optimizer,
+                sched=name,
+                num_epochs=epochs,  # type: ignore[arg-type]  # max_steps may end inside an epoch; timm only multiplies
+                step_on_epochs=False,
+                updates_per_epoch=updates,
+                **options,
             )
         except (TypeError, ValueError, AssertionError) as error:
             raise UsageError(f"scheduler {name!r} cannot be made with {dict(options)}: {error}") from error

@@ -57,7 +57,7 @@ def recipe_of(arguments: list[str]) -> str | None:
     return recipe
 
 
-def patch_size(backbone: torch.nn.Module) -> int | list[int] | None:
+def patch_size(backbone: Any) -> int | list[int] | None:
     """Side of a patch where the backbone cuts the image into patches."""
     size = plain(getattr(getattr(backbone, "patch_embed", None), "patch_size", None))
     if isinstance(size, list) and len(set(size)) == 1:

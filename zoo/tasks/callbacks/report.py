@@ -29,9 +29,10 @@ class RunReport(Callback):
     def __init__(self, folder: str | None = None, mistakes: int = 24):
         self._folder = folder
         self._limit = mistakes
-        self._seconds = self._images = self._updates_before = 0
+        self._seconds, self._images = 0.0, 0
         self._started: float | None = None
-        self._clear()
+        self._confusion: Tensor | None = None
+        self._worst: list[Mistake] = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self._train_seconds(), "images": self._images}
@@ -109,7 +110,7 @@ class RunReport(Callback):
         self._finish(trainer, pl_module, facts, "test", "test_")
 
     def _finish(self, trainer: Trainer, task: LightningModule, facts: dict[str, Any], subset: str, prefix: str) -> None:
-        counts = task.all_gather(self._confusion) if self._confusion is not None else None
+        gathered: Any = task.all_gather(self._confusion) if self._confusion is not None else None
         if not trainer.is_global_zero:
             return
         folder = self._run_folder(trainer)
@@ -119,10 +120,10 @@ class RunReport(Callback):
         write_skipped(folder / "skipped.csv", skipped)
         # A new fit makes what was measured on the old weights untrue; a test only adds.
         write_record(folder, facts, add=subset == "test")
-        if counts is None:
+        if gathered is None:
             return
-        counts = counts.reshape(-1, *self._confusion.shape).sum(0).cpu().numpy()
-        names = task.class_names
+        names = _class_names(task)
+        counts = gathered.reshape(-1, len(names), len(names)).sum(0).cpu().numpy()
         draw_confusion_matrix(counts, names, folder / "pictures" / f"{prefix}confusion_matrix.png", subset)
         title = f"{subset}: most confident mistakes"
         draw_mistakes(self._worst, names, folder / "pictures" / f"{prefix}worst_mistakes.png", title)
@@ -132,7 +133,7 @@ class RunReport(Callback):
         accuracy: dict[str, Any] = {k: round(values[f"{stage}/{k}"], 6) for k in ("top1", "top5")}
         per_class = getattr(task, f"{stage}_per_class").compute()
         accuracy["images"] = int(self._confusion.sum()) * trainer.world_size if self._confusion is not None else 0
-        accuracy["per_class"] = dict(zip(task.class_names, (round(float(v), 4) for v in per_class), strict=True))
+        accuracy["per_class"] = dict(zip(_class_names(task), (round(float(v), 4) for v in per_class), strict=True))
         return accuracy
 
     def _collect(self, images: Tensor, outputs: dict[str, Tensor]) -> None:
@@ -152,8 +153,7 @@ class RunReport(Callback):
         self._worst = sorted(self._worst, key=lambda m: -m.probability)[: self._limit]
 
     def _clear(self) -> None:
-        self._confusion: Tensor | None = None
-        self._worst: list[Mistake] = []
+        self._confusion, self._worst = None, []
 
     def _train_seconds(self) -> float:
         return self._seconds + (time.monotonic() - self._started if self._started is not None else 0.0)
@@ -164,6 +164,10 @@ class RunReport(Callback):
     @staticmethod
     def _updates_per_epoch(trainer: Trainer) -> float:
         return max(1.0, plain(trainer.num_training_batches) / trainer.accumulate_grad_batches)
+
+
+def _class_names(task: LightningModule) -> list[str]:
+    return list(task.hparams["class_names"])
 
 
 def write_skipped(path: Path, skipped: dict[str, str]) -> None:

@@ -1,0 +1,69 @@
+"""Every shipped recipe against the real signatures: parsed, then made, and one batch taken through the network."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+ROOT = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.yaml"))
+
+
+class Cli(LightningCLI):
+    def add_arguments_to_parser(self, parser):
+        parser.link_arguments("data.init_args.img_size", "model.init_args.img_size")
+        parser.link_arguments("data.init_args.in_chans", "model.init_args.in_chans")
+
+    def instantiate_classes(self):
+        """Parsing is one test, making another."""
+
+
+def parse(name, *arguments):
+    pytest.importorskip("zoo.data.classification", reason="the data room is not here")
+    return Cli(
+        args=["--config", str(ROOT / name), "--trainer.accelerator", "cpu", *arguments],
+        run=False,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        auto_configure_optimizers=False,
+        parser_kwargs={"exit_on_error": False},
+    )
+
+
+def test_recipes_are_shipped():
+    assert {"quickstart.yaml", "classification/cifar10_vit_tiny.yaml"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_what_it_is(name):
+    lines = (ROOT / name).read_text().splitlines()
+    head = "\n".join(line for line in lines[:20] if line.startswith("#"))
+    command = f"zoo fit --config {name.removesuffix('.yaml')}"
+    assert command in head
+    for word in ("second", "minute"):
+        if word in head:
+            break
+    else:
+        pytest.fail(f"{name} does not say how long it takes")
+    content = yaml.safe_load("\n".join(lines))
+    assert set(content) == {"seed_everything", "trainer", "model", "data"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_parses_and_its_network_works(name):
+    cli = parse(name, "--model.init_args.class_names", "[a, b, c]")
+    made = cli.parser.instantiate_classes(cli.config)
+    size = cli.config.data.init_args.img_size
+    task = made.model.eval()
+    assert task.inference(torch.zeros(2, 3, size, size, dtype=torch.uint8)).shape == (2, 3)
+    assert task.hparams["img_size"] == [size, size]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("wrong", ["--model.init_args.lrr=1", "--data.init_args.batchsize=3", "--trainer.epochs=1"])
+def test_an_option_that_does_not_exist_is_refused(name, wrong):
+    with pytest.raises(Exception, match=r"lrr|batchsize|epochs"):
+        parse(name, wrong)
