@@ -1,1 +1,5 @@
-"""Backbones registered with timm."""
+"""Backbones; importing this registers them with timm."""
+
+from zoo.backbones import vit
+
+__all__ = ["vit"]
