@@ -131,7 +131,13 @@ def test_pictures_of_few_and_of_many_classes(classes, tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "recipe"),
-    [("fit --config quickstart", "quickstart"), ("--config=a fit --config b", "b"), ("fit", None), ("fit -c x", "x")],
+    [
+        ("fit --config quickstart", "quickstart"),
+        ("--config=a fit --config b", "b"),
+        ("fit", None),
+        ("", None),
+        ("fit -c x", "x"),
+    ],
 )
 def test_recipe_of_a_command_line(line, recipe):
     assert recipe_of(line.split()) == recipe

@@ -7,6 +7,7 @@ import shlex
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def command_line() -> str:
 def recipe_of(arguments: list[str]) -> str | None:
     """The last --config of a command line."""
     recipe = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in pairwise([*arguments, ""]):
         if argument in ("--config", "-c"):
             recipe = following
         elif argument.startswith("--config="):

@@ -98,43 +98,59 @@ class RunReport(Callback):
             "images_per_second": round(self._images / max(seconds, 1e-9), 1),
             "peak_memory_gb": round(peak_memory_gb(trainer), 3),
         }
-        if self._confusion is not None:
-            facts["val"] = self._accuracy(trainer, pl_module, "val")
-        self._finish(trainer, pl_module, facts, "validation", "")
+        counts = self._counts(trainer)
+        if counts is not None:
+            facts["val"] = self._accuracy(trainer, pl_module, "val", counts)
+        facts["skipped_images"] = len(_skipped(trainer))
+        # A new fit makes what was measured on the old weights untrue; a test only adds.
+        self._leave(trainer, pl_module, facts, counts, "validation", "", add=False)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        facts: dict[str, Any] = {"test": self._accuracy(trainer, pl_module, "test")}
-        facts["test"]["command"] = command_line()
-        if not (self._run_folder(trainer) / "record.json").is_file():
-            facts = facts_of_run(trainer, pl_module) | facts
-        self._finish(trainer, pl_module, facts, "test", "test_")
+        counts = self._counts(trainer)
+        tested = self._accuracy(trainer, pl_module, "test", counts)
+        tested |= {"skipped_images": len(_skipped(trainer)), "command": command_line()}
+        known = (self._run_folder(trainer) / "record.json").is_file()
+        facts = {} if known else facts_of_run(trainer, pl_module)
+        self._leave(trainer, pl_module, facts | {"test": tested}, counts, "test", "test_", add=True)
 
-    def _finish(self, trainer: Trainer, task: LightningModule, facts: dict[str, Any], subset: str, prefix: str) -> None:
-        gathered: Any = task.all_gather(self._confusion) if self._confusion is not None else None
+    def _leave(
+        self,
+        trainer: Trainer,
+        task: LightningModule,
+        facts: dict[str, Any],
+        counts: Tensor | None,
+        subset: str,
+        prefix: str,
+        add: bool,
+    ) -> None:
         if not trainer.is_global_zero:
             return
         folder = self._run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        skipped = dict(getattr(getattr(trainer, "datamodule", None), "skipped", None) or {})
-        facts["skipped_images"] = len(skipped)
-        write_skipped(folder / "skipped.csv", skipped)
-        # A new fit makes what was measured on the old weights untrue; a test only adds.
-        write_record(folder, facts, add=subset == "test")
-        if gathered is None:
+        write_skipped(folder / f"{prefix}skipped.csv", _skipped(trainer))
+        write_record(folder, facts, add)
+        if counts is None:
             return
-        names = _class_names(task)
-        counts = gathered.reshape(-1, len(names), len(names)).sum(0).cpu().numpy()
-        draw_confusion_matrix(counts, names, folder / "pictures" / f"{prefix}confusion_matrix.png", subset)
+        names, pictures = _class_names(task), folder / "pictures"
+        draw_confusion_matrix(counts.cpu().numpy(), names, pictures / f"{prefix}confusion_matrix.png", subset)
         title = f"{subset}: most confident mistakes"
-        draw_mistakes(self._worst, names, folder / "pictures" / f"{prefix}worst_mistakes.png", title)
+        draw_mistakes(self._worst, names, pictures / f"{prefix}worst_mistakes.png", title)
 
-    def _accuracy(self, trainer: Trainer, task: LightningModule, stage: str) -> dict[str, Any]:
+    def _counts(self, trainer: Trainer) -> Tensor | None:
+        # Over all devices; the pictured mistakes are those of the first.
+        if self._confusion is None:
+            return None
+        return trainer.strategy.reduce(self._confusion.clone(), reduce_op="sum")
+
+    def _accuracy(self, trainer: Trainer, task: LightningModule, stage: str, counts: Tensor | None) -> dict[str, Any]:
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(f"{stage}/")}
-        accuracy: dict[str, Any] = {k: round(values[f"{stage}/{k}"], 6) for k in ("top1", "top5")}
         per_class = getattr(task, f"{stage}_per_class").compute()
-        accuracy["images"] = int(self._confusion.sum()) * trainer.world_size if self._confusion is not None else 0
-        accuracy["per_class"] = dict(zip(_class_names(task), (round(float(v), 4) for v in per_class), strict=True))
-        return accuracy
+        return {
+            "top1": round(values[f"{stage}/top1"], 6),
+            "top5": round(values[f"{stage}/top5"], 6),
+            "images": int(counts.sum()) if counts is not None else 0,
+            "per_class": dict(zip(_class_names(task), (round(float(v), 4) for v in per_class), strict=True)),
+        }
 
     def _collect(self, images: Tensor, outputs: dict[str, Tensor]) -> None:
         logits, targets = outputs["logits"], outputs["targets"]
@@ -164,6 +180,10 @@ class RunReport(Callback):
     @staticmethod
     def _updates_per_epoch(trainer: Trainer) -> float:
         return max(1.0, plain(trainer.num_training_batches) / trainer.accumulate_grad_batches)
+
+
+def _skipped(trainer: Trainer) -> dict[str, str]:
+    return dict(getattr(getattr(trainer, "datamodule", None), "skipped", None) or {})
 
 
 def _class_names(task: LightningModule) -> list[str]:
