@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from zoo.errors import UsageError
 from zoo.tasks import Classification, NonFiniteLossError, load_task
+from zoo.tasks.threads import share_cores
 
 SMALL_RESNET = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}
 
@@ -157,16 +158,28 @@ def test_freeze_trains_the_head_only_and_keeps_running_statistics(tiny, tmp_path
     assert grouped == set(names.values())
 
 
+@pytest.mark.parametrize(("set_to", "workers", "expected"), [(8, 0, 4), (8, 1, 3), (8, 9, 1), (2, 1, 2), (1, 0, 1)])
+def test_threads_leave_a_core_to_each_reading_process(monkeypatch, set_to, workers, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: set_to)
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    share_cores(workers)
+    assert given == [expected]
+
+
 def test_compile_keeps_the_keys_and_the_result(tiny, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: compiled.append(self))
     task = tiny.task(compile=True)
     keys = list(task.state_dict())
+    task.trainer = tiny.trainer(tmp_path)
     task.setup("fit")
     assert compiled == list(task.backbone.blocks)
     assert list(task.state_dict()) == keys
     compiled.clear()
     other = Classification("resnet10t", tiny.CLASSES, img_size=32, compile=True, backbone_options=SMALL_RESNET)
+    other.trainer = task.trainer
     other.setup("fit")
     assert compiled == [other.backbone]
 

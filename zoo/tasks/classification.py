@@ -18,6 +18,7 @@ from zoo.tasks.finite import FiniteLossGuard
 from zoo.tasks.plain import plain
 from zoo.tasks.schedule import Schedule, check_scheduler_name
 from zoo.tasks.seeds import seed_step
+from zoo.tasks.threads import share_cores
 
 
 class Classification(LightningModule):
@@ -126,6 +127,9 @@ class Classification(LightningModule):
         return {"task": "classification"} | {k: self.hparams[k] for k in (*names, "mean", "std")}
 
     def setup(self, stage: str) -> None:
+        if self.trainer.strategy.root_device.type == "cpu":
+            data = getattr(self.trainer, "datamodule", None)
+            share_cores(int(getattr(data, "hparams", {}).get("num_workers") or 0))
         if stage == "fit" and self.hparams["compile"]:
             _compile_in_place(self.backbone)
 
