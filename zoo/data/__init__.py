@@ -1,0 +1,12 @@
+"""Data modules: what a run reads, split, augmented and batched the same way on every machine."""
+
+from zoo.errors import missing_extra
+
+try:
+    import lightning  # noqa: F401
+except ImportError as error:
+    raise missing_extra("train", "lightning") from error
+
+from zoo.data.classification import ImageClassification
+
+__all__ = ["ImageClassification"]

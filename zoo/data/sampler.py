@@ -1,0 +1,107 @@
+"""Order of samples as a function of (seed, epoch), and a loader that can start in the middle of an epoch."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+
+def mix(*parts: int | str) -> int:
+    """A 63-bit number that looks random and depends on every part; neighbouring parts share nothing."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yields (epoch, index), so that a dataset in a long-lived worker knows the epoch of every sample.
+
+    Args:
+        length: size of the dataset.
+        seed: of the run.
+        shuffle: whether the order changes with the epoch; otherwise it is 0, 1, 2, ... and epoch is always 0.
+        rank, world: this process' share of a distributed run. When shuffled, the last samples are repeated so that all
+            shares are equal; otherwise every sample is seen exactly once.
+    """
+
+    def __init__(self, length: int, seed: int = 0, shuffle: bool = True, rank: int = 0, world: int = 1):
+        self.length, self.seed, self.shuffle, self.rank, self.world = length, seed, shuffle, rank, world
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        start, self.start = self.start, 0
+        if not self.shuffle:
+            return iter([(0, index) for index in range(self.rank, self.length, self.world)][start:])
+        generator = torch.Generator().manual_seed(mix("order", self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        order += order[: -self.length % self.world]
+        epoch = self.epoch
+        return iter([(epoch, index) for index in order[self.rank :: self.world][start:]])
+
+    def __len__(self) -> int:
+        rest = self.length - self.rank
+        return -(-(self.length if self.shuffle else rest) // self.world)
+
+
+class Unreadable(NamedTuple):
+    """Takes the place of a sample that could not be read."""
+
+    name: str
+    reason: str
+
+
+def collate(samples: Sequence[Any]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+    """(images uint8 (B, C, H, W), targets int64 (B,), the samples that could not be read and are left out)."""
+    bad = [sample for sample in samples if isinstance(sample, Unreadable)]
+    good = [sample for sample in samples if not isinstance(sample, Unreadable)] if bad else samples
+    if not good:
+        return torch.empty(0), torch.empty(0, dtype=torch.int64), bad
+    images = default_collate([image for image, _ in good])
+    return images, torch.tensor([target for _, target in good], dtype=torch.int64), bad
+
+
+class ResumableLoader(DataLoader):
+    """Batches (images, targets), counted as they are handed out, so that a resumed epoch goes on after the last one.
+
+    Lightning makes the iterator before it restores or announces the epoch, and after a checkpoint from the last batch
+    goes on with the next epoch: so epoch and state are looked at only when the first batch is asked for, and a state
+    is valid only for its own epoch.
+
+    Args:
+        on_unreadable: called with (name, reason) in the main process for every sample that could not be read.
+        arguments: of torch's DataLoader; `sampler` is an `EpochSampler`.
+    """
+
+    def __init__(self, *args: Any, on_unreadable: Callable[[str, str], None] | None = None, **arguments: Any):
+        super().__init__(*args, collate_fn=collate, **arguments)
+        self.on_unreadable = on_unreadable
+        self._done = 0
+        self._resumed = (-1, 0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, done = self._resumed
+        sampler: Any = self.sampler
+        self._done = done if getattr(sampler, "epoch", None) == epoch else 0
+        self._resumed = (-1, 0)
+        if self._done:
+            sampler.start = self._done * (self.batch_size or 1)
+        for images, targets, unreadable in super().__iter__():
+            self._done += 1
+            for name, reason in unreadable:
+                if self.on_unreadable is not None:
+                    self.on_unreadable(name, reason)
+            if len(targets):
+                yield images, targets
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": getattr(self.sampler, "epoch", 0), "done": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._resumed = (state["epoch"], state["done"])
