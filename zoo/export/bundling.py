@@ -1,0 +1,62 @@
+"""A folder with all that running an exported model takes: nothing of zoo or torch."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from zoo.errors import UsageError
+from zoo.export import predictor
+
+REQUIREMENTS = """\
+numpy>=1.26        # runs on every Python that predictor.py runs on
+pillow>=10.0       # Image.Resampling as an enumeration by name
+onnxruntime>=1.20  # numpy 2
+"""
+README = """\
+{name}: an image model with its weights, and the one program that runs it.
+
+    pip install -r requirements.txt
+    python predictor.py {name} IMAGES_OR_FOLDERS... --out results
+
+The first line is needed once. The second prints the most probable classes of each image and writes
+results/predictions.csv. `python predictor.py --help` lists the options.
+In Python: from predictor import Predictor; Predictor("{name}").predict(["a.jpg", "b.png"])
+"""
+
+
+def bundle(onnx_path: str | os.PathLike, directory: str | os.PathLike) -> Path:
+    """Fills a folder with the model, predictor.py, requirements.txt and README.txt; returns the folder.
+
+    The folder is made when it is absent; files of these names in it are replaced, others stay.
+
+    Raises:
+        UsageError: `onnx_path` is no exported model, or the folder cannot be written to.
+    """
+    onnx_path, directory = Path(onnx_path), Path(directory)
+    try:
+        predictor.Predictor(onnx_path)
+    except predictor.PredictorError as error:
+        raise UsageError(str(error)) from error
+    name = "model.onnx"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _place(directory / name, onnx_path)
+        _place(directory / "predictor.py", Path(predictor.__file__))
+        for file, text in (("requirements.txt", REQUIREMENTS), ("README.txt", README.format(name=name))):
+            (directory / file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{directory} cannot be filled: {error.strerror or error}") from error
+    return directory
+
+
+def _place(target: Path, source: Path) -> None:
+    if target.exists() and target.samefile(source):
+        return
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        shutil.copyfile(source, partial)
+        os.replace(partial, target)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
