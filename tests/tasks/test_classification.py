@@ -120,6 +120,34 @@ def test_the_clock_anneals_fully_and_ends_with_a_validation(tiny, tmp_path):
     assert saved["global_step"] == steps
 
 
+def test_a_clock_with_time_to_spare_changes_nothing(tiny, tmp_path):
+    rates = []
+    for callbacks in ([], [Timer(duration={"hours": 1}, verbose=False)]):
+        seen = Rates()
+        trainer = tiny.trainer(tmp_path, [seen, *callbacks], limit_val_batches=0)
+        trainer.fit(tiny.task(), datamodule=tiny.Data())
+        rates.append(seen.seen)
+    assert rates[0] == rates[1]
+
+
+def test_a_clock_that_cuts_the_epochs_anneals_fully(tiny, tmp_path):
+    timer = Timer(duration={"seconds": 1000}, verbose=False)
+    trainer = tiny.trainer(tmp_path, [timer], max_epochs=50)
+    task = tiny.task(lr=0.1)
+
+    class Clock(Callback):
+        def on_train_batch_start(self, trainer, task, batch, batch_idx):
+            timer._start_time["train"] -= 100.0
+
+    rates = Rates()
+    trainer.callbacks += [Clock(), rates]
+    trainer.fit(task, datamodule=tiny.Data())
+    assert trainer.global_step == 10  # of 300
+    # At 1000 of 1000 seconds: the end. One batch before: (0.9 - 0.1) / 0.9 of the way.
+    assert rates.seen[-1][0] < 1e-4
+    assert rates.seen[-2][0] == pytest.approx(0.05 * (1 + math.cos(math.pi * 8 / 9)), rel=0.02)
+
+
 def test_a_limit_of_epochs_ends_with_a_validation_too(tiny, tmp_path):
     trainer = tiny.trainer(tmp_path, max_epochs=3, check_val_every_n_epoch=100)
     trainer.fit(tiny.task(), datamodule=tiny.Data())

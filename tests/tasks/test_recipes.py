@@ -20,8 +20,12 @@ class Cli(LightningCLI):
         """Parsing is one test, making another."""
 
 
+@pytest.fixture(autouse=True)
+def no_arguments_of_pytest(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["zoo"])
+
+
 def parse(name, *arguments):
-    pytest.importorskip("zoo.data.classification", reason="the data room is not here")
     return Cli(
         args=["--config", str(ROOT / name), "--trainer.accelerator", "cpu", *arguments],
         run=False,

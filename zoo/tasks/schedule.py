@@ -16,14 +16,14 @@ SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "co
 # Length, in epochs, of a schedule that only the clock ends: warmup_epochs then counts per cent of the time.
 CLOCK_EPOCHS = 100
 _CLOCK_UPDATES = 1000
+_GRACE = 0.1
 
 
 class Schedule:
     """timm's scheduler, driven by position instead of by counting calls.
 
-    The position is the number of updates done or, under `Trainer(max_time=...)`, the share of the time that is used up
-    times the length of the schedule, whichever is further. So a run that the clock cuts still anneals fully, and a
-    resumed run needs no state of its own.
+    The position is the number of updates done or, under `Trainer(max_time=...)`, what the clock says, whichever is
+    further. So a run that the clock cuts still anneals fully, and a resumed run needs no state of its own.
 
     Args:
         optimizer: whose learning rates are set, `lr_scale` of a group included.
@@ -71,11 +71,15 @@ class Schedule:
 
     def position(self, updates_done: int) -> float:
         """Where the run is: 0 at its start, `length` at its end."""
-        position = 0.0 if self._by_clock_only and self._timer is not None else float(updates_done)
-        if self._timer is not None:
-            elapsed, remaining = self._timer.time_elapsed(), max(0.0, self._timer.time_remaining() or 0.0)
-            position = max(position, self.length * elapsed / max(elapsed + remaining, 1e-9))
-        return position
+        if self._timer is None:
+            return float(updates_done)
+        elapsed, remaining = self._timer.time_elapsed(), max(0.0, self._timer.time_remaining() or 0.0)
+        share = elapsed / max(elapsed + remaining, 1e-9)
+        if self._by_clock_only:
+            return share * self.length
+        # A run that has time enough is a function of its updates alone, also in its first steps, when the clock shows
+        # a second and no update is done: so the clock has no say before a tenth of the time, and all at the end.
+        return max(float(updates_done), self.length * (share - _GRACE) / (1 - _GRACE))
 
 
 def check_scheduler_name(name: str) -> None:

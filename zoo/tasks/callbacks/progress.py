@@ -61,7 +61,8 @@ class ProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
+        # One accuracy is enough to watch; the others are in metrics.csv.
+        items = {k: v for k, v in items.items() if k != "v_num" and not k.endswith(("/top5", "/class_mean"))}
         if self._rate:
             items["images/s"] = f"{self._rate:,.0f}"
         return items
