@@ -1,0 +1,1 @@
+"""The subcommands of `zoo`, one module each with `run(command, arguments)`."""

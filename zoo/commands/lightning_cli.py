@@ -1,0 +1,128 @@
+"""LightningCLI as `zoo` uses it: one parser, plain errors, values that the data hands to the network."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from zoo.commands.parse_errors import check_yaml, plain
+from zoo.errors import UsageError
+from zoo.resources import find_recipe
+
+# Facts of the data that the network has to agree with.
+_LINKED = ("class_names", "img_size", "in_chans")
+
+
+class ZooCLI(LightningCLI):
+    """Parses recipes and overrides, and makes data, task and trainer from them.
+
+    Args:
+        configs: names or paths of recipes; later ones win.
+        overrides: the rest of the command line; wins over all recipes.
+        wire: called with the trainer's keyword arguments just before it is made; adds loggers and callbacks.
+        before: called when everything is parsed and nothing is made yet.
+
+    Raises:
+        UsageError: unknown recipe or option, wrong type, or a constructor refuses.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[str],
+        overrides: Sequence[str],
+        *,
+        wire: Callable[[dict[str, Any]], None],
+        before: Callable[[], None] = lambda: None,
+    ):
+        self._wire, self._before = wire, before
+        paths = [find_recipe(name) for name in configs]
+        contents = [check_yaml(path) for path in paths]
+        _refuse_linked(contents, overrides)
+        arguments = [part for path in paths for part in ("--config", str(path))] + list(overrides)
+        super().__init__(
+            args=arguments,
+            run=False,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # The whole datamodule is the source, so that one without class names still works with a task that needs none.
+        parser.link_arguments("data", "model.init_args.class_names", compute_fn=_class_names, apply_on="instantiate")
+        parser.link_arguments("data.init_args.img_size", "model.init_args.img_size")
+        parser.link_arguments("data.init_args.in_chans", "model.init_args.in_chans")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
+            raise plain(error, parser, args) from error
+        for key in ("model", "data"):
+            if self.config.get(key) is None:
+                raise UsageError(f"there is no {key}: give a recipe (--config NAME, see `zoo list recipes`)")
+
+    def before_instantiate_classes(self) -> None:
+        self._before()
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            # jsonargparse reports a constructor's own error inside a page about unions of types.
+            innermost = _innermost(error)
+            if type(innermost) is ValueError:
+                raise UsageError(str(innermost)) from error
+            if innermost is error:
+                raise
+            raise innermost from error
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> Trainer:
+        given = config.get("callbacks") or []
+        config["callbacks"] = (given if isinstance(given, list) else [given]) + callbacks
+        plugins = config.get("plugins") or []
+        config["plugins"] = plugins if isinstance(plugins, list) else [plugins]
+        if config.get("enable_model_summary") is None:
+            config["enable_model_summary"] = False
+        self._wire(config)
+        return self.trainer_class(**config)
+
+    def config_yaml(self) -> str:
+        """Everything that was decided, as a recipe that makes the same run again."""
+        return self.parser.dump(self.config, skip_none=False)
+
+
+def _class_names(data: LightningDataModule) -> list[str]:
+    return list(getattr(data, "class_names", ()))
+
+
+def _refuse_linked(contents: Sequence[dict], overrides: Sequence[str]) -> None:
+    """Raises UsageError where the network is given what it takes from the data: it would be overwritten in silence."""
+    for name in _LINKED:
+        keys = (f"--model.{name}", f"--model.init_args.{name}")
+        given = any(argument.split("=")[0] in keys for argument in overrides)
+        for content in contents:
+            model = content.get("model")
+            given = given or (isinstance(model, dict) and name in (model.get("init_args") or {}))
+        if given:
+            advice = "it is read from the images" if name == "class_names" else f"give it as --data.{name}"
+            raise UsageError(f"model.{name} follows from the data: {advice}")
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
+    return error
+
+
+def describe(data: LightningDataModule, task: LightningModule, folder: Path) -> str:
+    """One line about what is about to be trained."""
+    parameters = sum(p.numel() for p in task.parameters())
+    name = task.hparams.get("backbone", type(task).__name__)
+    classes = len(getattr(data, "class_names", ()))
+    return f"{name}: {parameters / 1e6:.2f} M parameters, {classes} classes -> {folder}"

@@ -1,0 +1,53 @@
+"""Silences what a user cannot act on; everything else is shown."""
+
+import logging
+import warnings
+
+_LOGGED = (
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "Tip:",
+    "Seed set to",
+    "LOCAL_RANK",
+    "Restor",
+    "Loaded model weights from",
+    "`Trainer.fit` stopped",
+    "Using 16bit",
+    "Using bfloat16",
+    "Signal Interrupt",
+    "Detected KeyboardInterrupt",
+    "You are using the plain ModelCheckpoint",
+    "You are using a CUDA device",
+)
+# The run folder is ours and meant to be non-empty; the number of workers is the recipe's choice.
+_WARNED = (
+    r".*does not have many workers.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*Experiment logs directory .* exists and is not empty.*",
+    r".*smaller than the logging interval.*",
+    r".*LightningCLI's args parameter.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*pkg_resources is deprecated.*",
+    r".*Found .* module\(s\) in eval mode at the start of training.*",
+    r".*Be aware that when using `ckpt_path`.*",
+    r".*You're resuming from a checkpoint that ended before the epoch ended.*",
+)
+
+
+class _Filter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not any(phrase in message for phrase in _LOGGED)
+
+
+def quiet() -> None:
+    """Applies to the process; call it before the trainer is made."""
+    for pattern in _WARNED:
+        warnings.filterwarnings("ignore", pattern)
+    # The line of Lightning's source that warns says nothing to a user.
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+    drop = _Filter()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(drop)
+    logging.getLogger("lightning.fabric.utilities.seed").addFilter(drop)
