@@ -14,7 +14,7 @@ from zoo.errors import UsageError, unknown
 
 FORMAT = 1
 # Of the data hyperparameters, with the values that timm's evaluation transform gives them when they are absent.
-PREPROCESSING = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bilinear"}
+PREPROCESSING: dict[str, Any] = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bilinear"}
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 # The colour of borders: timm's create_transform pads with ImageNet's mean unless told another one.

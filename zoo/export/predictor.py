@@ -443,6 +443,8 @@ def _command(arguments: argparse.Namespace, predictor: Predictor) -> None:
                 print(f"{path!s:<{width}}  {predictor.output.text(result)}", flush=True)
         if skipped == len(paths):
             raise PredictorError(f"none of the {len(paths)} images can be read")
+    if 0 < rows < len(paths):
+        print(f"... and {len(paths) - rows:,} more")
     progress.end(skipped)
     if targets:
         print(f"top-1 {counted.top1:.2%}  ({counted.first} of {counted.images})")
