@@ -1,1 +1,5 @@
-"""Tensor functions with a reference and fast implementations."""
+"""Tensor functions: each has a reference in plain torch, the definition of correct, and a fast implementation."""
+
+from zoo.kernels.context_broadcast.api import context_broadcast
+
+__all__ = ["context_broadcast"]

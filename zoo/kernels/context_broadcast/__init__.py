@@ -1,0 +1,1 @@
+"""Context Broadcasting: half way to the mean token."""
