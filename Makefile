@@ -1,0 +1,58 @@
+# make quickstart   train on the bundled samples, export, predict: about five minutes after the installation
+# make test         ruff, mypy and pytest
+#
+# Both use the active virtual environment, or make .venv here; neither needs sudo or a GPU.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint typecheck pytest clean
+
+BASE_PYTHON ?= python3
+VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+PYTHON := $(VENV)/bin/python
+ZOO := $(PYTHON) -m zoo.cli
+# Remembers for which pyproject.toml this environment was filled.
+USER_READY := $(VENV)/.attnzoo-all
+DEV_READY := $(VENV)/.attnzoo-dev
+RUN := runs/quickstart
+SAMPLES := data/samples/classification/val
+PYTEST_ARGS ?= -n 2
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+$(PYTHON):
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attnzoo needs Python 3.11 or newer, but $(BASE_PYTHON) is " + sys.version.split()[0] + ": make BASE_PYTHON=python3.12 ...")'
+	$(BASE_PYTHON) -m venv $(VENV)
+
+$(USER_READY): pyproject.toml | $(PYTHON)
+	$(PYTHON) -m pip install --quiet --editable '.[all]'
+	@touch $@
+
+$(DEV_READY): pyproject.toml | $(PYTHON)
+	$(PYTHON) -m pip install --quiet --editable '.[all,dev]'
+	@touch $@ $(USER_READY)
+
+# The run folder belongs to this target, so it may start over; `zoo fit` itself never overwrites a run.
+quickstart: $(USER_READY)
+	rm -rf $(RUN)
+	$(ZOO) fit --config quickstart --run quickstart
+	@$(PYTHON) -c 'import json, sys; top1 = json.load(open("$(RUN)/record.json"))["val"]["top1"]; sys.exit(f"validation accuracy {top1:.2%} is below 95 %" if top1 < 0.95 else 0)'
+	$(ZOO) export quickstart $(RUN)/model.onnx --bundle $(RUN)/bundle
+	$(ZOO) predict $(RUN)/model.onnx $$(for folder in $(SAMPLES)/*/; do ls $$folder* | head -n 1; done) --top 2
+	$(ZOO) predict $(RUN)/model.onnx $(SAMPLES) --labels
+
+test: lint typecheck pytest
+
+lint: $(DEV_READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+typecheck: $(DEV_READY)
+	$(PYTHON) -m mypy
+
+pytest: $(DEV_READY)
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
