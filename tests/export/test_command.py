@@ -211,29 +211,29 @@ def program(folder, *arguments, limit=120):
 
 
 def test_bundle_runs_without_torch_and_zoo(folder, model, task, pictures):
-    names = ["README.txt", "model.onnx", "predictor.py", "requirements.txt"]
+    names = ["README.txt", "predictor.py", "requirements.txt", "tiny.onnx"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    done = program(folder, "model.onnx", pictures, "--out", "results")
+    done = program(folder, "tiny.onnx", pictures, "--out", "results")
     assert done.returncode == 0, done.stderr
     paths = sorted(pictures.rglob("*.png"))
     expected = [CLASSES[i] for i in probabilities(task, paths).argmax(-1)]
     assert [row["label"] for row in rows(folder / "results")] == expected
-    assert program(folder, "model.onnx", "nowhere").returncode == 2
+    assert program(folder, "tiny.onnx", "nowhere").returncode == 2
 
 
 def test_bundle_says_how_it_is_used(folder):
     text = (folder / "README.txt").read_text()
     assert "pip install -r requirements.txt" in text
-    assert "python predictor.py model.onnx IMAGES" in text
+    assert "python predictor.py tiny.onnx IMAGES" in text
     needs = [line.split(">=")[0] for line in (folder / "requirements.txt").read_text().splitlines()]
     assert needs == ["numpy", "pillow", "onnxruntime"]
 
 
 def test_bundle_again_and_in_place(folder, model):
     (folder / "mine.txt").write_text("mine")
-    assert bundle(folder / "model.onnx", folder) == folder
+    assert bundle(folder / "tiny.onnx", folder) == folder
     assert bundle(model, folder) == folder
-    assert (folder / "model.onnx").read_bytes() == model.read_bytes()
+    assert (folder / "tiny.onnx").read_bytes() == model.read_bytes()
     assert (folder / "mine.txt").read_text() == "mine"
     assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
 
@@ -260,7 +260,7 @@ def test_predictor_imports_three_packages_only():
 
 
 def test_output_that_is_cut_off_ends_quietly(folder, pictures):
-    code = f"{BLOCKED}import runpy\nsys.argv = ['predictor.py', 'model.onnx', {str(pictures)!r}, '--batch', '1']\n"
+    code = f"{BLOCKED}import runpy\nsys.argv = ['predictor.py', 'tiny.onnx', {str(pictures)!r}, '--batch', '1']\n"
     code += "runpy.run_path('predictor.py', run_name='__main__')"
     process = subprocess.Popen(
         [sys.executable, "-I", "-c", code], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

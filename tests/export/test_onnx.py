@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import zoo.export
+from zoo.attention import create_attention, list_attentions
 from zoo.errors import UsageError
 from zoo.export import ExportError, to_onnx
 
@@ -117,6 +118,33 @@ def test_other_networks_and_inputs(tmp_path, backbone, options):
     assert result.size_bytes == result.path.stat().st_size
     assert result.images == 12
     assert f"{result.max_error:.1e}" in str(result)
+
+
+class OneAttention(nn.Module):
+    """One mechanism on a map of 4 x 6 positions, as a network lives with it."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 8, stride=8)
+        self.attention = create_attention(name, 24, layout="map", grid_size=(4, 6))
+        self.head = nn.Linear(self.attention.dim_out, len(CLASSES))
+
+    def forward(self, x):
+        # The signs keep a mechanism apart from its mirror image, which a plain mean over positions would not.
+        x = self.attention(self.stem(x)).flatten(2)
+        return self.head((x * torch.linspace(-1, 2, x.shape[-1])).mean(2))
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_every_attention_exports(tmp_path, name):
+    torch.manual_seed(0)
+    task = TinyTask(img_size=(32, 48))
+    task.backbone = OneAttention(name).eval()
+    result = to_onnx(task, tmp_path / "m.onnx")
+    images = noise(3, 3, 32, 48)
+    with torch.no_grad():
+        expected = copy.deepcopy(task.backbone).double()((torch.from_numpy(images).double() / 255 - 0.4) / 0.3)
+    np.testing.assert_allclose(run(result.path, images), expected.numpy(), **NOISE)
 
 
 class Folding(nn.Module):

@@ -26,9 +26,9 @@ In Python: from predictor import Predictor; Predictor("{name}").predict(["a.jpg"
 
 
 def bundle(onnx_path: str | os.PathLike, directory: str | os.PathLike) -> Path:
-    """Fills a folder with the model, predictor.py, requirements.txt and README.txt; returns the folder.
+    """Fills a folder with the model, under its own name, predictor.py, requirements.txt and README.txt.
 
-    The folder is made when it is absent; files of these names in it are replaced, others stay.
+    The folder is made when it is absent; files of these names in it are replaced, others stay. Returns the folder.
 
     Raises:
         UsageError: `onnx_path` is no exported model, or the folder cannot be written to.
@@ -38,7 +38,7 @@ def bundle(onnx_path: str | os.PathLike, directory: str | os.PathLike) -> Path:
         predictor.Predictor(onnx_path)
     except predictor.PredictorError as error:
         raise UsageError(str(error)) from error
-    name = "model.onnx"
+    name = onnx_path.name
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _place(directory / name, onnx_path)
