@@ -71,8 +71,8 @@ def settings_of(checkpoint: Path) -> dict[str, Any]:
     ):
         values = {k: _plain(v) for k, v in content[stored].items() if not k.startswith("_")}
         settings[key] = {"class_path": content[stored].get("_class_path") or default, "init_args": values}
-    for name in ("class_names", "img_size", "in_chans"):
-        settings["model"]["init_args"].pop(name, None)
+    for section, key in (("model", "class_names"), ("model", "img_size"), ("model", "in_chans"), ("data", "seed")):
+        settings[section]["init_args"].pop(key, None)
     # The weights are in the checkpoint; the file that training started from may be gone.
     settings["model"]["init_args"]["pretrained"] = False
     if torch.cuda.is_available() and (precision := _precision(checkpoint)):

@@ -12,8 +12,13 @@ from zoo.commands.parse_errors import check_yaml, plain
 from zoo.errors import UsageError
 from zoo.resources import find_recipe
 
-# Facts of the data that the network has to agree with.
-_LINKED = ("class_names", "img_size", "in_chans")
+# Options that another one decides, and what to do instead of giving them.
+_LINKED = {
+    "model.class_names": "the names are read from the images",
+    "model.img_size": "give --data.img_size",
+    "model.in_chans": "give --data.in_chans",
+    "data.seed": "give --seed_everything",
+}
 
 
 class ZooCLI(LightningCLI):
@@ -57,6 +62,8 @@ class ZooCLI(LightningCLI):
         parser.link_arguments("data", "model.init_args.class_names", compute_fn=_class_names, apply_on="instantiate")
         parser.link_arguments("data.init_args.img_size", "model.init_args.img_size")
         parser.link_arguments("data.init_args.in_chans", "model.init_args.in_chans")
+        # One seed decides everything: the weights, the order of the images and how they are changed.
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -94,24 +101,28 @@ class ZooCLI(LightningCLI):
 
     def config_yaml(self) -> str:
         """Everything that was decided, as a recipe that makes the same run again."""
-        return self.parser.dump(self.config, skip_none=False)
+        return self.parser.dump(self.config, skip_unset=False)
 
 
 def _class_names(data: LightningDataModule) -> list[str]:
     return list(getattr(data, "class_names", ()))
 
 
+def _seed(seed: bool | int) -> int:
+    return 0 if isinstance(seed, bool) else seed
+
+
 def _refuse_linked(contents: Sequence[dict], overrides: Sequence[str]) -> None:
-    """Raises UsageError where the network is given what it takes from the data: it would be overwritten in silence."""
-    for name in _LINKED:
-        keys = (f"--model.{name}", f"--model.init_args.{name}")
-        given = any(argument.split("=")[0] in keys for argument in overrides)
+    """Raises UsageError for an option that is taken from elsewhere: it would be overwritten in silence."""
+    for name, advice in _LINKED.items():
+        section, _, key = name.partition(".")
+        options = (f"--{name}", f"--{section}.init_args.{key}")
+        given = any(argument.split("=")[0] in options for argument in overrides)
         for content in contents:
-            model = content.get("model")
-            given = given or (isinstance(model, dict) and name in (model.get("init_args") or {}))
+            part = content.get(section)
+            given = given or (isinstance(part, dict) and key in (part.get("init_args") or {}))
         if given:
-            advice = "it is read from the images" if name == "class_names" else f"give it as --data.{name}"
-            raise UsageError(f"model.{name} follows from the data: {advice}")
+            raise UsageError(f"{name} is no option of its own: {advice}")
 
 
 def _innermost(error: BaseException) -> BaseException:
