@@ -26,11 +26,11 @@ $(PYTHON):
 	$(BASE_PYTHON) -m venv $(VENV)
 
 $(USER_READY): pyproject.toml | $(PYTHON)
-	$(PYTHON) -m pip install --quiet --editable '.[all]'
+	$(PYTHON) -m pip install --editable '.[all]'
 	@touch $@
 
 $(DEV_READY): pyproject.toml | $(PYTHON)
-	$(PYTHON) -m pip install --quiet --editable '.[all,dev]'
+	$(PYTHON) -m pip install --editable '.[all,dev]'
 	@touch $@ $(USER_READY)
 
 # The run folder belongs to this target, so it may start over; `zoo fit` itself never overwrites a run.
