@@ -216,7 +216,7 @@ class WindowAttention(_Windowed):
             self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1), heads))
             trunc_normal_(self.relative_position_bias_table, std=0.02)
         else:
-            self.relative_position_bias_table = None
+            self.register_parameter("relative_position_bias_table", None)
 
     def forward(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo.errors import UsageError
 
 
-def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """timm's `build_model_with_cfg`.
 
     Raises:

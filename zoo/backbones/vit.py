@@ -173,7 +173,7 @@ class VisionTransformer(nn.Module):
         self.init_weights()
 
     def _attention(self, name: str | None, options: Mapping[str, Any] | None, defaults: dict[str, Any]) -> nn.Module:
-        place = {"grid_size": self.grid_size, "num_prefix_tokens": self.num_prefix_tokens}
+        place: dict[str, Any] = {"grid_size": self.grid_size, "num_prefix_tokens": self.num_prefix_tokens}
         if name is None and options is None:
             return SoftmaxAttention(self.embed_dim, **defaults, **place)
         name = name or "softmax"

@@ -85,7 +85,7 @@ class ResumableLoader(DataLoader):
         self._done = 0
         self._resumed = (-1, 0)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         epoch, done = self._resumed
         sampler: Any = self.sampler
         self._done = done if getattr(sampler, "epoch", None) == epoch else 0

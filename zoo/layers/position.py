@@ -38,7 +38,7 @@ class TableResize(nn.Module):
     @torch.jit.unused
     def _cached(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         # The version counts in-place changes (optimizer steps, load_state_dict); the pointer tells another tensor.
-        state = (table.data_ptr(), table._version, table.dtype, table.device)
+        state: Any = (table.data_ptr(), table._version, table.dtype, table.device)
         if self._cache.get("state") != state:
             self._cache = {"state": state}
         if grid not in self._cache:

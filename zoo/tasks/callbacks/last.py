@@ -23,6 +23,8 @@ class LastCheckpoint(ModelCheckpoint):
         MisconfigurationException: both are given.
     """
 
+    _last_time_checked: float | None
+
     def __init__(
         self, minutes: float | None = None, every_n_train_steps: int | None = None, dirpath: str | None = None
     ) -> None:
