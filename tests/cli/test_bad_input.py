@@ -4,12 +4,19 @@ import errno
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from .conftest import draw, settings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def refused(result, *words, status=2):
@@ -269,3 +276,31 @@ def test_pickle_with_code_is_refused_and_not_run(zoo, tmp_path, line):
 def test_file_that_is_no_checkpoint(zoo, tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
     refused(zoo("test", "--ckpt", "weights.pt"), "weights.pt", "no checkpoint of a run")
+
+
+@pytest.mark.clients
+def test_ctrl_c_on_the_real_command(recipe, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "zoo.cli",
+        "fit",
+        "--config",
+        recipe,
+        "--run",
+        "x",
+        "--trainer.max_epochs",
+        "10000",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "runs" / "x" / "metrics.csv").is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert err.decode().splitlines()[-1] == "error: stopped by Ctrl-C. Continue with: zoo fit --run x --resume"
