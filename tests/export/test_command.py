@@ -15,6 +15,7 @@ from timm.data import create_transform
 from zoo.errors import UsageError
 from zoo.export import Predictor, PredictorError, bundle
 from zoo.export import predictor as room
+from zoo.resources import samples_dir
 
 from .conftest import CLASSES
 
@@ -61,6 +62,20 @@ def test_predict_equals_torch(model, task, pictures, batch_size):
         # Logits agree to 1e-4, and a probability moves at most a quarter as fast as a logit.
         np.testing.assert_allclose([p for _, p in result.top], value, atol=1e-4)
         assert result.probability == result.top[0][1]
+
+
+def test_same_answers_as_torch_on_the_bundled_samples(model, task):
+    folder = samples_dir() / "classification" / "val"
+    paths = sorted(folder.rglob("*.jpg")) + sorted(folder.rglob("*.png"))
+    assert len(paths) >= 120
+    expected = probabilities(task, paths)
+    # Images whose first two classes are closer than the two runtimes' noise could fall either way.
+    best = expected.topk(2).values
+    clear = (best[:, 0] - best[:, 1] > 1e-4).tolist()
+    assert sum(clear) >= len(paths) - 2
+    results = Predictor(model).predict(paths)
+    answers = [(result.label, CLASSES[row.argmax()]) for result, row in zip(results, expected, strict=True)]
+    assert all(ours == theirs for (ours, theirs), sure in zip(answers, clear, strict=True) if sure)
 
 
 def test_predict_takes_one_image_too(model, pictures):
@@ -190,6 +205,20 @@ def test_failure_while_running_is_status_1_and_leaves_no_half_table(model, pictu
     assert room.main([str(model), str(pictures), "--out", str(tmp_path / "out")]) == 1
     assert "error: out of memory" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_full_disk_keeps_the_old_table(model, pictures, tmp_path):
+    """A limit on the size of files stands in for a disk that is full."""
+    (tmp_path / "predictions.csv").write_text("of yesterday")
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+    code += f"sys.path.insert(0, {str(Path(room.__file__).parent)!r}); import predictor\n"
+    code += f"sys.exit(predictor.main([{str(model)!r}, {str(pictures)!r}, '--out', {str(tmp_path)!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "predictions.csv").read_text() == "of yesterday"
+    assert not list(tmp_path.glob(".*.part"))
 
 
 BLOCKED = (

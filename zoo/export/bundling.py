@@ -1,6 +1,7 @@
 """A folder with all that running an exported model takes: nothing of zoo or torch."""
 
 import contextlib
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -32,6 +33,7 @@ def bundle(onnx_path: str | os.PathLike, directory: str | os.PathLike) -> Path:
 
     Raises:
         UsageError: `onnx_path` is no exported model, or the folder cannot be written to.
+        OSError: the disk is full.
     """
     onnx_path, directory = Path(onnx_path), Path(directory)
     try:
@@ -46,6 +48,8 @@ def bundle(onnx_path: str | os.PathLike, directory: str | os.PathLike) -> Path:
         for file, text in (("requirements.txt", REQUIREMENTS), ("README.txt", README.format(name=name))):
             (directory / file).write_text(text, encoding="utf-8")
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
         raise UsageError(f"{directory} cannot be filled: {error.strerror or error}") from error
     return directory
 
