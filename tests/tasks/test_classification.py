@@ -403,3 +403,23 @@ def test_ema_is_what_validation_sees_and_what_a_checkpoint_gives(tiny, tmp_path)
         # twelve float32 averages
         torch.testing.assert_close(weight.detach().double(), seen["average"], atol=1e-6, rtol=1e-5)
     assert not torch.allclose(seen["raw"], seen["average"], atol=1e-4)
+
+
+def test_accuracies_stay_apart_after_a_first_batch_without_a_mistake():
+    from zoo.tasks.classification import _metrics
+
+    targets = torch.arange(60) % 6
+    perfect = torch.nn.functional.one_hot(targets, 6).float()
+    second = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    metrics = _metrics(6)
+    metrics.update(perfect, targets)
+    metrics.update(second, targets)
+    got = metrics.compute()
+    logits, all_targets = torch.cat([perfect, second]), targets.repeat(2)
+    ranks = (logits > logits.gather(1, all_targets[:, None])).sum(1)
+    right = (ranks == 0).double()
+    # float32 sums of a few dozen ones are exact; the last division rounds.
+    assert got["top1"] == pytest.approx(float(right.mean()), abs=1e-6)
+    assert got["top5"] == pytest.approx(float((ranks < 5).double().mean()), abs=1e-6)
+    by_class = [float(right[all_targets == number].mean()) for number in range(6)]
+    assert got["class_mean"] == pytest.approx(sum(by_class) / 6, abs=1e-6)
