@@ -35,7 +35,9 @@ def make(size, scaled, dtype=torch.float32, device="cpu"):
 
 
 def error(got, want):
-    return ((got.cpu().double() - want).abs().max() / want.abs().max()).item() if want.numel() else 0.0
+    if not want.numel():
+        return 0.0
+    return ((got.cpu().double() - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
 
 
 def gradients(function, x, scale, weight):
@@ -177,10 +179,11 @@ def test_on_the_gpu(size, scaled):
             got = gradients(triton, given, scale, weight)
             double = given.cpu().double(), None if scale is None else scale.cpu().double()
             want = gradients(loops_differentiable, *double, weight)
-            assert error(got[0], want[0]) <= bound
+            # The gradient that comes in is rounded once more than the answer.
+            assert error(got[0], want[0]) <= 2 * bound
             if scaled:
-                # The sum over the batch is of means kept in float32.
-                assert error(got[1], want[1]) <= max(bound, 1e-5)
+                # A sum over the batch of products of means, which may cancel.
+                assert error(got[1], want[1]) <= max(8 * bound, 1e-5)
     compiled = torch.compile(triton, fullgraph=True)
     assert torch.equal(compiled(x, scale), triton(x, scale))
     with torch.autocast("cuda", torch.bfloat16):

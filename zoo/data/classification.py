@@ -85,7 +85,7 @@ class ImageClassification(LightningDataModule):
         root: str = "",
         dataset: str = "",
         train_split: str = "train",
-        val_split: str | float | None = None,
+        val_split: float | str | None = None,
         test_split: str | None = None,
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,

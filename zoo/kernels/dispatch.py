@@ -45,7 +45,10 @@ def use_triton(impl: str, x: Any, unsupported: Callable[[], str | None]) -> bool
     if impl == "reference":
         return False
     if impl == "auto":
-        if DEFAULT == "reference" or isinstance(x, torch.fx.Proxy) or not x.is_cuda or _graph_export():
+        # torch.compile fuses a reference of few operations as well as a kernel runs it.
+        if DEFAULT == "reference" or isinstance(x, torch.fx.Proxy) or not x.is_cuda:
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         reason = None if HAS_TRITON else _NO_TRITON
         reason = reason or unsupported()
@@ -66,10 +69,9 @@ _NO_TRITON = "triton is not installed (pip install triton)"
 def _reason_against(x: Tensor) -> str | None:
     if not HAS_TRITON:
         return _NO_TRITON
-    if isinstance(x, torch.fx.Proxy) or _graph_export():
+    # Inside torch.compile some releases say that they export, too.
+    exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if isinstance(x, torch.fx.Proxy) or exports or torch.jit.is_tracing():
         return "the graph is being exported, and a kernel has no place in it"
     return None if x.is_cuda else f"the tensor is on {x.device}, and Triton kernels need CUDA"
 
-
-def _graph_export() -> bool:
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
