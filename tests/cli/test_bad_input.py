@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,23 @@ def test_full_disk_in_the_middle_of_a_run(zoo, recipe, tmp_path, monkeypatch):
     assert "the disk is full" in message
     assert "zoo fit --run x --resume" in message
     assert (tmp_path / "runs" / "x" / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_writer_thread_on_a_full_disk_shows_no_traceback(capsys, monkeypatch):
+    from zoo.commands.quiet import quiet
+
+    def fails(error):
+        raise error
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    with warnings.catch_warnings():
+        quiet()
+    for error, words in ((OSError(errno.ENOSPC, "full"), ""), (ValueError("a bug"), "a bug")):
+        thread = threading.Thread(target=fails, args=(error,))
+        thread.start()
+        thread.join()
+        assert words in (err := capsys.readouterr().err)
+        assert bool(words) == bool(err)
 
 
 def test_loss_that_is_no_number(zoo, recipe, tmp_path):

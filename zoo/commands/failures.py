@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from zoo.errors import UsageError
 
 DONE, FAILED, USAGE = 0, 1, 2
-_DISK = {
+DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
@@ -99,9 +99,9 @@ def while_running(resume: str | None, kept: str | None = None) -> Iterator[None]
     except UsageError:
         raise
     except OSError as error:
-        if error.errno not in _DISK and "disk full" not in str(error):
+        if error.errno not in DISK_ERRORS and "disk full" not in str(error):
             raise
-        reason = _DISK.get(error.errno or 0, "the disk is full")
+        reason = DISK_ERRORS.get(error.errno or 0, "the disk is full")
         where = f": {error.filename}" if error.filename else ""
         saved = f" What was saved before is whole: {kept}." if kept else ""
         raise RunFailed(f"the run cannot be written any more, {reason}{where}.{saved}{advice}") from error
@@ -125,7 +125,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _about_files(error: OSError) -> tuple[str, int]:
-    reason = _DISK.get(error.errno or 0) or error.strerror or str(error)
+    reason = DISK_ERRORS.get(error.errno or 0) or error.strerror or str(error)
     where = f": {error.filename}" if error.filename else ""
     usage = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError))
     return f"{reason}{where}", USAGE if usage else FAILED

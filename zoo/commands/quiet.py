@@ -1,7 +1,10 @@
 """Silences what a user cannot act on; everything else is shown."""
 
 import logging
+import threading
 import warnings
+
+from zoo.commands.failures import DISK_ERRORS
 
 _LOGGED = (
     "GPU available",
@@ -41,12 +44,19 @@ class _Filter(logging.Filter):
         return not any(phrase in message for phrase in _LOGGED)
 
 
+def _thread_failed(arguments: threading.ExceptHookArgs) -> None:
+    # TensorBoard writes in a thread of its own, and hands what stopped it on to the next caller: it is reported there.
+    if not (isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in DISK_ERRORS):
+        threading.__excepthook__(arguments)
+
+
 def quiet() -> None:
     """Applies to the process; call it before the trainer is made."""
     for pattern in _WARNED:
         warnings.filterwarnings("ignore", pattern)
     # The line of Lightning's source that warns says nothing to a user.
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+    threading.excepthook = _thread_failed
     drop = _Filter()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(drop)
