@@ -1,6 +1,7 @@
 """The attention registry: one file a mechanism, all behind one contract."""
 
 from zoo.attention.base import Attention
+from zoo.attention.focused_linear import FocusedLinearAttention
 from zoo.attention.registry import (
     AttentionSpec,
     attention_spec,
@@ -17,6 +18,7 @@ __all__ = [
     "Attention",
     "AttentionSpec",
     "CrossWindowAttention",
+    "FocusedLinearAttention",
     "ShiftedWindowAttention",
     "SoftmaxAttention",
     "UniformAttention",

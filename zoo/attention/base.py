@@ -3,6 +3,7 @@
 import math
 
 import torch
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 # Added to the logit of a key that may not be attended. Finite, so that a row without any key stays free of NaN in
@@ -12,6 +13,8 @@ MASKED = -3.0e4
 Grid = tuple[int, int]
 
 
+# A leaf for FX: what a mechanism does depends on the grid (padding, masks, resized tables), which is no constant there.
+@register_notrace_module
 class Attention(nn.Module):
     """One attention mechanism in its native layout.
 

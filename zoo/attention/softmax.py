@@ -1,7 +1,8 @@
 """Scaled dot-product attention, with the spatial reduction of keys that PVT adds to it.
 
 Source: Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, equation 1; spatial reduction: Wang et al.,
-"Pyramid Vision Transformer", arXiv 2102.12122, equations 1 to 3.
+"Pyramid Vision Transformer", arXiv 2102.12122, equations 1 to 3; locally enhanced positional encoding: Dong et al.,
+"CSWin Transformer", arXiv 2107.00652, equation 7.
 """
 
 import torch
@@ -9,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.base import Attention, Grid, check_heads, logit_bias, zero_without_keys
+from zoo.attention.depthwise import check_kernel, depthwise_tokens
 from zoo.attention.registry import register_attention
+from zoo.errors import UsageError
 
 
 @register_attention(
@@ -30,6 +33,8 @@ class SoftmaxAttention(Attention):
         qk_norm: LayerNorm (eps 1e-6) over each head of q and k.
         sr_ratio: keys and values come from a grid reduced this many times along each side by a convolution of that
             stride and a LayerNorm; a grid it does not divide is padded. Prefix tokens stay keys of their own.
+        lepe: kernel size of a depthwise convolution of v over the grid, added to the answer (locally enhanced
+            positional encoding); 0 for none.
         attn_drop, proj_drop: dropout of the weights and of the answer.
         proj: whether a linear layer follows.
         grid_size, num_prefix_tokens: as `create_attention` takes them.
@@ -47,6 +52,7 @@ class SoftmaxAttention(Attention):
         qkv_bias: bool = True,
         qk_norm: bool = False,
         sr_ratio: int = 1,
+        lepe: int = 0,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         proj: bool = True,
@@ -60,6 +66,8 @@ class SoftmaxAttention(Attention):
         self.sr_ratio = sr_ratio
         if sr_ratio < 1:
             raise ValueError(f"attention 'softmax': sr_ratio={sr_ratio}, it must be at least 1 (1 = no reduction)")
+        if sr_ratio > 1 and lepe:
+            raise UsageError(f"attention 'softmax': lepe={lepe} needs a value for every token, but sr_ratio={sr_ratio}")
         # TorchScript compiles only the branch whose layers are there, if the others are None.
         whole = sr_ratio == 1
         self.qkv = nn.Linear(dim, 3 * self.dim_out, bias=qkv_bias) if whole else None
@@ -69,6 +77,8 @@ class SoftmaxAttention(Attention):
         self.norm = None if whole else nn.LayerNorm(dim)
         self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        width, local = self.dim_out, check_kernel("softmax", "lepe", lepe, smallest=0)
+        self.lepe = nn.Conv2d(width, width, local, padding=local // 2, groups=width) if local else None
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(self.dim_out, self.dim_out) if proj else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
@@ -84,6 +94,11 @@ class SoftmaxAttention(Attention):
         q, k, v, key_mask = self.project(x, grid, key_mask)
         drop = self.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=logit_bias(key_mask, bias, q.dtype), dropout_p=drop)
+        if self.lepe is not None:
+            values = v.transpose(1, 2).flatten(2)
+            place = self.token_grid(x, grid)
+            local = depthwise_tokens(values, self.lepe.weight, self.lepe.bias, place, self.num_prefix_tokens, key_mask)
+            out = out + local.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         out = zero_without_keys(out, key_mask).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(out))
 
