@@ -13,7 +13,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms.functional import pil_to_tensor
 
+from zoo.data.preload import PreloadedLoader, preload, random_crop_flip
 from zoo.data.sampler import EpochSampler, ResumableLoader, Unreadable, collate, mix
 from zoo.data.sources import Source, find_split, open_folder, open_named, resolve_root, share_of, train_folder
 from zoo.errors import UsageError, unknown
@@ -71,6 +73,8 @@ class ImageClassification(LightningDataModule):
         seed: of order, augmentation and mixing.
         on_error: "skip" leaves unreadable images out and counts them in `skipped`, "raise" stops at the first.
         download: whether a named dataset may be fetched.
+        preload: keep the decoded training images in memory and crop and flip them on the device: for images of one
+            small size. Of the training transforms, scale, ratio, hflip, erasing and mixing are done this way.
         num_classes: for named datasets that do not name their classes.
         scale, ratio, hflip, vflip, color_jitter, auto_augment, train_crop_mode, interpolation, re_prob, re_mode,
             re_count, crop_pct, crop_mode: as timm's create_transform takes them. Erasing happens on the device.
@@ -94,6 +98,7 @@ class ImageClassification(LightningDataModule):
         seed: int = 0,
         on_error: str = "skip",
         download: bool = False,
+        preload: bool = False,
         num_classes: int | None = None,
         scale: tuple[float, float] | None = None,
         ratio: tuple[float, float] | None = None,
@@ -157,15 +162,19 @@ class ImageClassification(LightningDataModule):
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         images, targets = batch
         images = images.float().div_(255)
-        trainer = self.trainer
-        if trainer is None or not trainer.training or not (self._mixes or self.hparams.re_prob):
+        trainer, hparams = self.trainer, self.hparams
+        if trainer is None or not trainer.training or not (self._mixes or hparams.re_prob or hparams.preload):
             return images, targets
-        place = mix("batch", self.hparams.seed, trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.global_rank)
+        place = mix("batch", hparams.seed, trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.global_rank)
         return self.augment(images, targets, place)
 
     def augment(self, images: Tensor, targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Erasing and mixing of a training batch, a function of `seed` alone."""
+        """Cropping (of preloaded images), erasing and mixing of a training batch, a function of `seed` alone."""
         hparams = self.hparams
+        if hparams.preload:
+            scale, ratio = hparams.scale or (0.08, 1.0), hparams.ratio or (3 / 4, 4 / 3)
+            bicubic = hparams.interpolation == "bicubic"
+            images = random_crop_flip(images, _pair(hparams.img_size), scale, ratio, hparams.hflip, bicubic, seed)
         _seed_all(seed)
         if images.is_cuda:
             torch.cuda.manual_seed(seed)
@@ -293,6 +302,12 @@ class ImageClassification(LightningDataModule):
         if training and len(numbers) < hparams.batch_size:
             rank_zero_warn(f"batch_size={hparams.batch_size} is more than the {len(numbers)} images to train on")
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        if training and hparams.preload:
+            raw = LabelledImages(source, numbers, pil_to_tensor, hparams.in_chans, None)
+            images = preload(raw, workers, self._unreadable)
+            sampler = EpochSampler(len(images), hparams.seed, rank=rank, world=world)
+            drop = {"batch_size": hparams.batch_size, "drop_last": len(images) >= hparams.batch_size}
+            return PreloadedLoader(images, sampler=sampler, **drop)
         seed = hparams.seed if training else None
         images = LabelledImages(source, numbers, self.transform(training), hparams.in_chans, seed)
         sampler = EpochSampler(len(numbers), hparams.seed, shuffle=training, rank=rank, world=world)
@@ -349,6 +364,10 @@ def _check(given: Any) -> None:
     for name in ("mixup", "cutmix"):
         if given[name] < 0:
             raise UsageError(f"{name}={given[name]}: it must be 0 (off) or more")
+    if given.preload:
+        on = [name for name in ("vflip", "color_jitter", "auto_augment", "train_crop_mode") if given[name]]
+        if on:
+            raise UsageError(f"preload does not do {', '.join(on)}; turn that off, or use --data.preload false")
     if given.crop_pct is not None and not 0 < given.crop_pct <= 1:
         raise UsageError(f"crop_pct={given.crop_pct}: it lies in (0, 1]")
     if given.crop_mode not in (None, "center", "squash", "border"):

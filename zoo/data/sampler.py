@@ -76,11 +76,18 @@ class ResumableLoader(DataLoader):
 
     Args:
         on_unreadable: called with (name, reason) in the main process for every sample that could not be read.
+        collate_batch: makes (images, targets, unreadable) of what the dataset gives.
         arguments: of torch's DataLoader; `sampler` is an `EpochSampler`.
     """
 
-    def __init__(self, *args: Any, on_unreadable: Callable[[str, str], None] | None = None, **arguments: Any):
-        super().__init__(*args, collate_fn=collate, **arguments)
+    def __init__(
+        self,
+        *args: Any,
+        on_unreadable: Callable[[str, str], None] | None = None,
+        collate_batch: Callable[[Any], Any] = collate,
+        **arguments: Any,
+    ):
+        super().__init__(*args, collate_fn=collate_batch, **arguments)
         self.on_unreadable = on_unreadable
         self._done = 0
         self._resumed = (-1, 0)
