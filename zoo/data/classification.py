@@ -119,6 +119,7 @@ class ImageClassification(LightningDataModule):
         mixup_switch_prob: float = 0.5,
     ):
         super().__init__()
+        val_split = _share(val_split)
         self.save_hyperparameters(logger=False)
         _check(self.hparams)
         self.skipped: dict[str, str] = {}
@@ -238,6 +239,13 @@ class ImageClassification(LightningDataModule):
     def _open_split(self, split: str) -> tuple[Source | IterableDataset, list[int]]:
         if self.hparams.dataset:
             source = self._named(split, training=False)
+            own, theirs = self._open_train()[0], getattr(source, "class_to_idx", None)
+            if theirs and theirs != (getattr(own, "class_to_idx", None) or theirs):
+                odd = ", ".join(sorted(set(theirs) ^ set(own.class_to_idx))[:10])  # type: ignore[union-attr]
+                raise UsageError(
+                    f"split {split!r} of {self.hparams.dataset!r} has other classes than train (differing: {odd}); "
+                    "give the folders themselves as --data.root, without --data.dataset"
+                )
         else:
             root = resolve_root(self.hparams.root)
             folder = find_split(root, split)
@@ -341,6 +349,15 @@ def _collate_stream(samples: Sequence[Any]) -> tuple[Tensor, Tensor]:
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
+
+
+def _share(split: float | str | None) -> float | str | None:
+    """A share written as text, as a number; anything else as it is."""
+    try:
+        number = float(split or "")
+    except ValueError:
+        return split
+    return number if 0 < number < 1 else split
 
 
 def _check(given: Any) -> None:

@@ -41,7 +41,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
             return iter([(0, index) for index in range(self.rank, self.length, self.world)][start:])
         generator = torch.Generator().manual_seed(mix("order", self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator).tolist()
-        order += order[: -self.length % self.world]
+        order = (order * self.world)[: -(-self.length // self.world) * self.world]
         epoch = self.epoch
         return iter([(epoch, index) for index in order[self.rank :: self.world][start:]])
 

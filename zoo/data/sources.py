@@ -1,5 +1,6 @@
 """Where images come from: folders of class folders, or any dataset that timm knows by name."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import timm.data
 import torch
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils.misc import natural_key
 from torch.utils.data import IterableDataset
 
 from zoo.data.images import open_image
@@ -135,21 +137,36 @@ def open_folder(folder: Path, class_to_idx: dict[str, int] | None = None) -> Sou
         )
     if class_to_idx is None and empty:
         raise UsageError(f"class {empty[0]!r} in {str(folder)!r} holds no images; add some or remove the folder")
-    dataset = timm.data.create_dataset("", root=str(folder), search_split=False, class_map=class_to_idx or {})
-    found = timm.data.readers.reader_image_folder.find_images_and_targets(str(folder))[1]
+    dataset = timm.data.create_dataset("", root=str(folder), search_split=False)
+    # timm names a class after the innermost folder and takes loose images for a class without a name.
+    start = len(str(folder)) + 1
+    inside = [(path, path[start:].split(os.sep)) for path, _ in dataset.reader.samples]
+    inside = [(path, parts) for path, parts in inside if not any(part.startswith(".") for part in parts)]
+    loose = [path for path, parts in inside if len(parts) == 1]
+    if loose:
+        raise UsageError(
+            f"{loose[0]!r} and {len(loose) - 1} more are images outside class folders; move or remove them"
+        )
+    found = sorted({parts[0] for _, parts in inside}, key=natural_key)
     if class_to_idx is None and len(found) < 2:
-        raise UsageError(f"{str(folder)!r} holds one class, {next(iter(found))!r}; a classifier needs at least two")
+        raise UsageError(f"{str(folder)!r} holds one class, {found[0]!r}; a classifier needs at least two")
     extra = [name for name in found if class_to_idx is not None and name not in class_to_idx]
     if extra:
         raise UsageError(
             f"{str(folder)!r} has the class {extra[0]!r}, which train does not have; classes of train: "
             + ", ".join(list(class_to_idx or ())[:40])
         )
+    class_map = class_to_idx or {name: number for number, name in enumerate(found)}
+    dataset.reader.samples = [(path, class_map[parts[0]]) for path, parts in inside]
+    dataset.reader.class_to_idx = class_map
     return Source(dataset)
 
 
 def _has_image(folder: Path, extensions: Iterable[str]) -> bool:
-    return any(path.suffix.lower() in extensions for path in folder.rglob("*"))
+    return any(
+        path.suffix.lower() in extensions and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        for path in folder.rglob("*")
+    )
 
 
 def open_named(name: str, root: str, split: str, download: bool, **options: Any) -> Source | IterableDataset:

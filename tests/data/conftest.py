@@ -1,0 +1,37 @@
+"""Tiny images on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def write(tmp_path) -> Callable[..., Path]:
+    """Writes {"train/a": 3, ...}: so many PNG pictures of noise in each folder; the same pixels for the same names."""
+
+    def write(folders: dict[str, int], size: tuple[int, int] = (12, 10), name: str = "data") -> Path:
+        root = tmp_path / name
+        for folder, count in folders.items():
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                rng = np.random.default_rng([*map(ord, folder), number])
+                pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / folder / f"{number:02d}.png")
+        return root
+
+    return write
+
+
+@pytest.fixture
+def running() -> Callable[..., SimpleNamespace]:
+    """What a data module asks of a trainer."""
+
+    def running(training: bool = True, epoch: int = 0, batch: int = 0, rank: int = 0) -> SimpleNamespace:
+        loop = SimpleNamespace(batch_idx=batch)
+        return SimpleNamespace(training=training, current_epoch=epoch, fit_loop=loop, global_rank=rank, world_size=1)
+
+    return running
