@@ -16,7 +16,8 @@ USER_READY := $(VENV)/.attnzoo-all
 DEV_READY := $(VENV)/.attnzoo-dev
 RUN := runs/quickstart
 SAMPLES := data/samples/classification/val
-PYTEST_ARGS ?= -n 2
+# Everything, in tens of minutes: make pytest PYTEST_ARGS="-n 2"
+PYTEST_ARGS ?= -n 2 -m "not slow"
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
