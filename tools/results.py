@@ -77,6 +77,36 @@ def render(records: list[dict]) -> str:
     return "".join(parts)
 
 
+def draw(records: list[dict], path: Path) -> None:
+    """Writes the README's picture: test accuracy of every run as a bar, with what it took."""
+    from matplotlib.figure import Figure
+
+    ordered = sorted(records, key=lambda record: record["test"]["top1"])
+    figure = Figure(figsize=(9, 1.0 + 0.5 * len(ordered)), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    names = []
+    for record in ordered:
+        size = record["img_size"] if isinstance(record["img_size"], list) else [record["img_size"]]
+        attn = f", {record['attn']}" if record.get("attn") else ""
+        names.append(f"{record['backbone']}{attn}\n{size[-1]} px, patch {record.get('patch_size') or '-'}")
+    values = [100 * record["test"]["top1"] for record in ordered]
+    bars = axes.barh(names, values, color="#3b6ea5", height=0.6)
+    labels = [
+        f"{value:.1f} %   {record['images_per_second']:,.0f} images/s"
+        for value, record in zip(values, ordered, strict=True)
+    ]
+    axes.bar_label(bars, labels, padding=4, fontsize=9)
+    axes.set(xlim=(0, 105), xlabel="top-1 on the 10,000 test images, %")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    seconds = max(record["train_seconds"] for record in ordered)
+    figure.suptitle(
+        f"CIFAR-10 (JPEG) from scratch, {seconds:.0f} s of training on {ordered[0]['hardware']}", fontsize=10
+    )
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
 def load(folder: Path) -> list[dict]:
     """Every kept record.
 
@@ -118,6 +148,9 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         return 0
     page.write_text(text)
+    records = [record for record in load(kept) if record["recipe"].startswith("classification/cifar10")]
+    if records:
+        draw(records, args.recipes.parent / "docs" / "results.png")
     print(f"wrote {page.name} from {len(load(kept))} records")
     return 0
 
