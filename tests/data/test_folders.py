@@ -154,7 +154,7 @@ def test_unknown_splits_name_the_valid_ones(write):
         make(root, val_split="hold").val_dataloader()
     with pytest.raises(UsageError, match=r"'test'.*Valid: holdout, train, val"):
         make(root, test_split="test").test_dataloader()
-    with pytest.raises(UsageError, match="--data.test_split"):
+    with pytest.raises(UsageError, match=r"--data\.test_split"):
         make(root).test_dataloader()
     with pytest.raises(UsageError, match=r"'train'.*Valid: val"):
         _ = make(write({"val/a": 1}, name="only_val")).class_names
