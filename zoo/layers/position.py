@@ -12,8 +12,10 @@ from torch import Tensor, nn
 class TableResize(nn.Module):
     """Resizes a table (1, P + h*w, C), P prefix rows first, to a grid (H, W): (1, P + H*W, C).
 
-    Bicubic with antialiasing, in float32, as timm does it; the table itself at its own grid. Without gradients the
-    result is kept per grid until the table changes; the cache is no part of the state and of no copy.
+    Bicubic with antialiasing, in float32, as timm does it; the table itself at its own grid. In evaluation mode and
+    without gradients the result is kept per grid until the table changes or `train()` or `eval()` is called; the cache
+    is no part of the state and of no copy. While a model stays in evaluation mode, changes that torch does not count
+    (through `.data`, by a fused optimizer) go unseen: call `eval()` after them.
     """
 
     def __init__(self, grid_size: tuple[int, int], num_prefix_tokens: int = 0):
@@ -27,7 +29,9 @@ class TableResize(nn.Module):
             return table
         if torch.jit.is_scripting():
             return self._resize(table, grid)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if self.training or torch.is_grad_enabled() or table.is_inference():
+            return self._resize(table, grid)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._resize(table, grid)
         return self._cached(table, grid)
 
@@ -37,13 +41,19 @@ class TableResize(nn.Module):
 
     @torch.jit.unused
     def _cached(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        # The version counts in-place changes (optimizer steps, load_state_dict); the pointer tells another tensor.
+        # The version counts in-place changes (optimizer steps, load_state_dict); the pointer tells another tensor, as
+        # long as the alias keeps this one's memory from being given to the next.
         state: Any = (table.data_ptr(), table._version, table.dtype, table.device)
         if self._cache.get("state") != state:
-            self._cache = {"state": state}
+            self._cache = {"state": state, "alias": table.detach()}
         if grid not in self._cache:
             self._cache[grid] = self._resize(table, grid)
         return self._cache[grid]
+
+    def train(self, mode: bool = True) -> "TableResize":
+        """Forgets what was kept: fused optimizers change the table without counting up its version."""
+        self._cache = {}
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": {}}
