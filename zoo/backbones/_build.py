@@ -18,7 +18,10 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -
     """
     try:
         return build_model_with_cfg(cls, variant, pretrained, **kwargs)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        # timm words the refusal anew, as a RuntimeError caused by torch's.
+        if not isinstance(error, pickle.UnpicklingError) and not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
         raise UsageError(
             f"the weights file for {variant} pickles more than tensors, and opening it could run code; it is refused. "
             "If you trust its origin, turn it into safetensors: python tools/convert_checkpoint.py FILE --trust"
