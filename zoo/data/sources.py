@@ -175,8 +175,11 @@ def open_named(name: str, root: str, split: str, download: bool, **options: Any)
     Raises:
         UsageError: timm does not know it, its package is missing, or its files are not there.
     """
-    if name.partition("/")[0] not in _PREFIXES:
+    prefix = name.partition("/")[0].lower()
+    if prefix not in _PREFIXES:
         raise unknown("dataset", name, [f"{prefix}/NAME" for prefix in _PREFIXES])
+    if prefix in ("hfds", "hfids") and not download:  # timm's readers ask the hub whatever `download` says
+        raise UsageError(f"dataset {name!r} comes from the Hugging Face hub; --data.download true allows that")
     try:
         dataset = timm.data.create_dataset(name, root=root or None, split=split, download=download, **options)
     except ImportError as error:
