@@ -8,6 +8,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from zoo.data import ImageClassification
+
+
+@pytest.fixture(autouse=True)
+def stop_workers(monkeypatch):
+    """Ends workers with their test: left to the garbage collector, torch may wait 5 seconds for each of them."""
+    loaders = []
+    make = ImageClassification._loader
+
+    def remember(self, *args, **options):
+        loaders.append(make(self, *args, **options))
+        return loaders[-1]
+
+    monkeypatch.setattr(ImageClassification, "_loader", remember)
+    yield
+    for loader in loaders:
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()
+
 
 @pytest.fixture
 def write(tmp_path) -> Callable[..., Path]:
