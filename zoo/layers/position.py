@@ -29,7 +29,7 @@ class TableResize(nn.Module):
             return table
         if torch.jit.is_scripting():
             return self._resize(table, grid)
-        if self.training or torch.is_grad_enabled() or table.is_inference():
+        if self.training or torch.is_grad_enabled():
             return self._resize(table, grid)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._resize(table, grid)
@@ -41,6 +41,8 @@ class TableResize(nn.Module):
 
     @torch.jit.unused
     def _cached(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+        if table.is_inference():  # such tensors have no version; asked here, where torch.compile does not come
+            return self._resize(table, grid)
         # The version counts in-place changes (optimizer steps, load_state_dict); the pointer tells another tensor, as
         # long as the alias keeps this one's memory from being given to the next.
         state: Any = (table.data_ptr(), table._version, table.dtype, table.device)
