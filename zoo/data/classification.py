@@ -241,7 +241,7 @@ class ImageClassification(LightningDataModule):
             source = self._named(split, training=False)
             own, theirs = self._open_train()[0], getattr(source, "class_to_idx", None)
             if theirs and theirs != (getattr(own, "class_to_idx", None) or theirs):
-                odd = ", ".join(sorted(set(theirs) ^ set(own.class_to_idx))[:10])  # type: ignore[union-attr]
+                odd = ", ".join(sorted(set(theirs) ^ set(getattr(own, "class_to_idx", None) or ()))[:10])
                 raise UsageError(
                     f"split {split!r} of {self.hparams.dataset!r} has other classes than train (differing: {odd}); "
                     "give the folders themselves as --data.root, without --data.dataset"

@@ -138,14 +138,14 @@ def open_folder(folder: Path, class_to_idx: dict[str, int] | None = None) -> Sou
     if class_to_idx is None and empty:
         raise UsageError(f"class {empty[0]!r} in {str(folder)!r} holds no images; add some or remove the folder")
     dataset = timm.data.create_dataset("", root=str(folder), search_split=False)
-    # timm names a class after the innermost folder and takes loose images for a class without a name.
+    # timm names a class after the innermost folder and takes astray images for a class without a name.
     start = len(str(folder)) + 1
     inside = [(path, path[start:].split(os.sep)) for path, _ in dataset.reader.samples]
     inside = [(path, parts) for path, parts in inside if not any(part.startswith(".") for part in parts)]
-    loose = [path for path, parts in inside if len(parts) == 1]
-    if loose:
+    astray = [path for path, parts in inside if len(parts) == 1]
+    if astray:
         raise UsageError(
-            f"{loose[0]!r} and {len(loose) - 1} more are images outside class folders; move or remove them"
+            f"{astray[0]!r} and {len(astray) - 1} more are images outside class folders; move or remove them"
         )
     found = sorted({parts[0] for _, parts in inside}, key=natural_key)
     if class_to_idx is None and len(found) < 2:
