@@ -35,15 +35,15 @@ RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop
 # Another value for every argument of every constructor; a dict where the comparison needs more than the one argument.
 OTHER = {
     "img_size": 96,
-    "patch_size": 4,
+    "patch_size": {"vit": 4, "pyramid": 2},
     "in_chans": 4,
     "num_classes": 7,
     "global_pool": "max",
     "embed_dim": 48,
-    "embed_dims": (32, 64, 160, 256),
+    "embed_dims": (48, 96, 240, 384),
     "depth": 3,
     "depths": (1, 2, 1, 1),
-    "num_heads": {"vit": 4, "pyramid": (1, 1, 1, 1), "zoo_cswin*": (2, 2, 2, 2), "zoo_flatten_cswin*": (2, 2, 2, 2)},
+    "num_heads": {"zoo_*cswin*": (2, 2, 2, 2), "vit": 4, "pyramid": (1, 1, 1, 1)},
     "mlp_ratio": 3.0,
     "mlp_ratios": (1, 2, 3, 1),
     "sr_ratios": (4, 4, 2, 1),
