@@ -312,10 +312,10 @@ class ImageClassification(LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         if training and hparams.preload:
             raw = LabelledImages(source, numbers, pil_to_tensor, hparams.in_chans, None)
-            images = preload(raw, workers, self._unreadable)
-            sampler = EpochSampler(len(images), hparams.seed, rank=rank, world=world)
-            drop = {"batch_size": hparams.batch_size, "drop_last": len(images) >= hparams.batch_size}
-            return PreloadedLoader(images, sampler=sampler, **drop)
+            kept = preload(raw, workers, self._unreadable)
+            sampler = EpochSampler(len(kept), hparams.seed, rank=rank, world=world)
+            drop = {"batch_size": hparams.batch_size, "drop_last": len(kept) >= hparams.batch_size}
+            return PreloadedLoader(kept, sampler=sampler, **drop)
         seed = hparams.seed if training else None
         images = LabelledImages(source, numbers, self.transform(training), hparams.in_chans, seed)
         sampler = EpochSampler(len(numbers), hparams.seed, shuffle=training, rank=rank, world=world)
