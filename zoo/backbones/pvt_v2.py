@@ -92,7 +92,10 @@ class PyramidVisionTransformerV2(Pyramid):
         drop_path_rate: float = 0.0,
     ):
         def attend(place: Place) -> nn.Module:
-            return place.create(place.name or "softmax", place.options, sr_ratio=sr_ratios[place.stage])
+            name = place.name or "softmax"
+            # Not in a window: it would reduce the keys of each.
+            reduction = {"sr_ratio": sr_ratios[place.stage]} if name == "softmax" else {}
+            return place.create(name, place.options, **reduction)
 
         steps = pairwise(embed_dims)
         super().__init__(
