@@ -1,8 +1,9 @@
-"""One decision a call: which implementation of an op runs."""
+"""The registry of ops, and the one decision a call: which implementation runs."""
 
 import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,41 @@ from torch import Tensor
 IMPLS = ("auto", "reference", "triton")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op; its functions take the same tensors in the same order.
+
+    Args:
+        name: as in zoo.kernels.<name>.
+        reference: plain torch, the definition of correct.
+        triton: the op registered with torch.library whose CUDA implementation is the kernel.
+        unsupported: the first reason, of shape, dtype or device of these tensors, that rules the kernel out, or None.
+        auto_in_compile: whether "auto" takes the kernel inside torch.compile too. False for a reference of few
+            operations, which the compiler fuses into its neighbours; a measured gain is the reason to set it.
+    """
+
+    name: str
+    reference: Callable[..., Tensor]
+    triton: Callable[..., Tensor]
+    unsupported: Callable[..., str | None]
+    auto_in_compile: bool = False
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Adds an op to the registry that tests and benchmarks run over.
+
+    Raises:
+        ValueError: there is an op of that name.
+    """
+    if op.name in OPS:
+        raise ValueError(f"kernel op {op.name!r} is registered already; choose another name")
+    OPS[op.name] = op
+    return op
 
 
 def default_impl(value: str | None) -> str:
@@ -30,48 +66,53 @@ def default_impl(value: str | None) -> str:
 DEFAULT = default_impl(os.environ.get("ZOO_KERNELS"))
 
 
-def use_triton(impl: str, x: Any, unsupported: Callable[[], str | None]) -> bool:
-    """Whether the registered Triton op runs, rather than the reference.
+def dispatch(op: Op, impl: str, *tensors: Any) -> Tensor:
+    """Runs the op on its tensors, the first of which decides: on the CPU and in an exported graph by the reference.
 
     Args:
-        impl: "auto", "reference" or "triton", as the caller of the op gave it.
-        x: the op's first tensor.
-        unsupported: the op's own first reason that rules the Triton implementation out, or None.
+        op: the entry of the registry.
+        impl: "auto", "reference" or "triton", as the caller of the op gave it. "auto" is what ZOO_KERNELS says;
+            ZOO_KERNELS=triton holds on CUDA, so that a program which also works on the CPU, or exports, still runs.
+        tensors: what the op's functions take.
 
     Raises:
         ValueError: unknown `impl`.
-        RuntimeError: "triton" was asked for, by the caller or by ZOO_KERNELS on a GPU, and something rules it out.
+        RuntimeError: "triton" was asked for, by the caller or by ZOO_KERNELS, and something rules it out.
     """
+    if _takes_triton(op, impl, tensors):
+        return op.triton(*tensors)
+    return op.reference(*tensors)
+
+
+def _takes_triton(op: Op, impl: str, tensors: tuple) -> bool:
+    x = tensors[0]
     if impl == "reference":
         return False
     if impl == "auto":
-        # torch.compile fuses a reference of few operations as well as a kernel runs it.
-        if DEFAULT == "reference" or isinstance(x, torch.fx.Proxy) or not x.is_cuda:
+        if DEFAULT == "reference" or _elsewhere(x) is not None:
             return False
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if DEFAULT == "triton":
+            return _insist("ZOO_KERNELS=triton", op, tensors)
+        if torch.compiler.is_compiling() and not op.auto_in_compile:
             return False
-        reason = None if HAS_TRITON else _NO_TRITON
-        reason = reason or unsupported()
-        if reason is not None and DEFAULT == "triton":
-            raise RuntimeError(f"ZOO_KERNELS=triton, but {reason}")
-        return reason is None
+        return HAS_TRITON and op.unsupported(*tensors) is None
     if impl != "triton":
         raise ValueError(f"impl={impl!r}; valid: {', '.join(IMPLS)}")
-    reason = _reason_against(x) or unsupported()
+    return _insist("impl='triton'", op, tensors)
+
+
+def _insist(who: str, op: Op, tensors: tuple) -> bool:
+    reason = None if HAS_TRITON else "triton is not installed (pip install triton)"
+    reason = reason or _elsewhere(tensors[0]) or op.unsupported(*tensors)
     if reason is not None:
-        raise RuntimeError(f"impl='triton' was asked for, but {reason}")
+        raise RuntimeError(f"{who} was asked for, but in {op.name} {reason}")
     return True
 
 
-_NO_TRITON = "triton is not installed (pip install triton)"
-
-
-def _reason_against(x: Tensor) -> str | None:
-    if not HAS_TRITON:
-        return _NO_TRITON
-    # Inside torch.compile some releases say that they export, too.
-    exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+def _elsewhere(x: Any) -> str | None:
+    """The reason why this call is none for a kernel, whatever its shapes: a graph for other machines, or no GPU."""
+    # The flag behind is_exporting(), which in torch 2.11 answers True in all of torch.compile.
+    exports = torch.compiler._is_exporting_flag
     if isinstance(x, torch.fx.Proxy) or exports or torch.jit.is_tracing():
         return "the graph is being exported, and a kernel has no place in it"
     return None if x.is_cuda else f"the tensor is on {x.device}, and Triton kernels need CUDA"
-

@@ -1,0 +1,201 @@
+"""Which implementation runs: on a toy op whose implementations say their name, and on every op of the registry."""
+
+import inspect
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zoo import kernels
+from zoo.kernels import dispatch
+from zoo.kernels.dispatch import Op
+
+ROOT = str(Path(__file__).resolve().parents[2])
+
+# Tensors for every op of the registry; a new op without an entry fails here.
+SAMPLES = {
+    "context_broadcast": lambda: (torch.randn(2, 5, 3), torch.randn(3)),
+}
+
+scripting_is_old = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning"
+)
+
+
+def toy(unsupported=None, **options):
+    return Op("toy", lambda x: "reference", lambda x: "triton", lambda x: unsupported, **options)
+
+
+@pytest.fixture
+def cuda_tensor():
+    """A tensor that says it is on a GPU, without one."""
+    with FakeTensorMode():
+        return torch.empty(2, 3, device="cuda")
+
+
+@pytest.fixture(autouse=True)
+def triton_is_there(monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    monkeypatch.setattr(dispatch, "DEFAULT", "auto")
+
+
+def test_the_kernel_runs_on_cuda_and_the_reference_on_the_cpu(cuda_tensor):
+    assert dispatch.dispatch(toy(), "auto", cuda_tensor) == "triton"
+    assert dispatch.dispatch(toy(), "triton", cuda_tensor) == "triton"
+    assert dispatch.dispatch(toy(), "reference", cuda_tensor) == "reference"
+    assert dispatch.dispatch(toy(), "auto", torch.empty(2)) == "reference"
+
+
+def test_auto_falls_back_and_an_explicit_choice_says_why_not(cuda_tensor, monkeypatch):
+    rules_out = toy("x is torch.float64")
+    assert dispatch.dispatch(rules_out, "auto", cuda_tensor) == "reference"
+    with pytest.raises(RuntimeError, match=r"impl='triton' was asked for, but in toy x is torch.float64"):
+        dispatch.dispatch(rules_out, "triton", cuda_tensor)
+    with pytest.raises(RuntimeError, match="tensor is on cpu"):
+        dispatch.dispatch(rules_out, "triton", torch.empty(2))
+    with pytest.raises(ValueError, match=r"impl='fast'; valid: auto, reference, triton"):
+        dispatch.dispatch(toy(), "fast", torch.empty(2))
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    assert dispatch.dispatch(toy(), "auto", cuda_tensor) == "reference"
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        dispatch.dispatch(toy(), "triton", torch.empty(2))
+
+
+def test_inside_compile_the_op_decides(cuda_tensor, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert dispatch.dispatch(toy(), "auto", cuda_tensor) == "reference"
+    assert dispatch.dispatch(toy(auto_in_compile=True), "auto", cuda_tensor) == "triton"
+    assert dispatch.dispatch(toy(), "triton", cuda_tensor) == "triton"
+
+
+@pytest.mark.parametrize("by", ["torch.compiler._is_exporting_flag", "torch.jit.is_tracing"])
+def test_an_exported_graph_holds_no_kernel(by, cuda_tensor, monkeypatch):
+    monkeypatch.setattr(by, (lambda: True) if by == "torch.jit.is_tracing" else True)
+    for default in ("auto", "triton"):
+        monkeypatch.setattr(dispatch, "DEFAULT", default)
+        assert dispatch.dispatch(toy(auto_in_compile=True), "auto", cuda_tensor) == "reference"
+    with pytest.raises(RuntimeError, match="being exported"):
+        dispatch.dispatch(toy(), "triton", cuda_tensor)
+
+
+def test_the_environment_stands_in_for_auto(cuda_tensor, monkeypatch):
+    monkeypatch.setattr(dispatch, "DEFAULT", "reference")
+    assert dispatch.dispatch(toy(), "auto", cuda_tensor) == "reference"
+    assert dispatch.dispatch(toy(), "triton", cuda_tensor) == "triton"
+    monkeypatch.setattr(dispatch, "DEFAULT", "triton")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert dispatch.dispatch(toy(), "auto", cuda_tensor) == "triton"
+    assert dispatch.dispatch(toy(), "auto", torch.empty(2)) == "reference"
+    with pytest.raises(RuntimeError, match="ZOO_KERNELS=triton was asked for, but in toy too wide"):
+        dispatch.dispatch(toy("too wide"), "auto", cuda_tensor)
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="'context_broadcast' is registered already"):
+        dispatch.register(Op("context_broadcast", *[lambda x: x] * 3))
+
+
+def test_every_op_has_samples():
+    assert set(SAMPLES) == set(dispatch.OPS)
+
+
+@pytest.mark.parametrize("name", dispatch.OPS)
+def test_every_op_obeys_the_contract_on_the_cpu(name):
+    assert name in kernels.__all__
+    function, tensors = getattr(kernels, name), SAMPLES[name]()
+    assert inspect.signature(function).parameters["impl"].default == "auto"
+    want = dispatch.OPS[name].reference(*tensors)
+    assert torch.equal(function(*tensors), want)
+    assert torch.equal(function(*tensors, impl="reference"), want)
+    with pytest.raises(RuntimeError, match=f"in {name} the tensor is on cpu"):
+        function(*tensors, impl="triton")
+    with pytest.raises(ValueError, match="impl='fast'"):
+        function(*tensors, impl="fast")
+
+
+@pytest.mark.parametrize("name", dispatch.OPS)
+@scripting_is_old
+def test_every_graph_takes_the_reference(name):
+    tensors = SAMPLES[name]()
+
+    class Net(torch.nn.Module):
+        def forward(self, *given):
+            return getattr(kernels, name)(*given)
+
+    graphs = {
+        "compile": torch.compile(Net(), fullgraph=True, backend="aot_eager"),
+        "compile, changing sizes": torch.compile(Net(), fullgraph=True, backend="aot_eager", dynamic=True),
+        "trace": torch.jit.trace(Net(), tensors),
+        "script": torch.jit.script(getattr(kernels, name)),
+    }
+    for strict in (False, True):
+        exported = torch.export.export(Net(), tensors, strict=strict)
+        assert not [node for node in exported.graph.nodes if "zoo" in str(node.target)]
+        graphs[f"export, strict={strict}"] = exported.module()
+
+    class Fixed(torch.nn.Module):  # a traced forward has a fixed number of arguments
+        def forward(self, x):
+            return getattr(kernels, name)(x, *tensors[1:])
+
+    traced = torch.fx.symbolic_trace(Fixed())
+    assert not [node for node in traced.graph.nodes if "zoo" in str(node.target)]
+    want = dispatch.OPS[name].reference(*tensors)
+    assert torch.equal(traced(tensors[0]), want)
+    for kind, graph in graphs.items():
+        assert torch.equal(graph(*tensors), want), kind
+
+
+@scripting_is_old
+@pytest.mark.parametrize("name", dispatch.OPS)
+def test_torchscript_refuses_an_explicit_kernel(name):
+    scripted = torch.jit.script(getattr(kernels, name))
+    with pytest.raises(Exception, match="TorchScript takes the reference"):
+        scripted(*SAMPLES[name](), impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", dispatch.OPS)
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_on_the_gpu_takes_the_reference(name, strict):
+    class Net(torch.nn.Module):
+        def forward(self, *given):
+            return getattr(kernels, name)(*given)
+
+    tensors = tuple(tensor.cuda() for tensor in SAMPLES[name]())
+    exported = torch.export.export(Net(), tensors, strict=strict)
+    assert not [node for node in exported.graph.nodes if "zoo" in str(node.target)]
+
+
+def test_environment_sets_the_default_at_import(monkeypatch):
+    def imported():
+        return runpy.run_path(dispatch.__file__, run_name="dispatch_again")["DEFAULT"]
+
+    monkeypatch.setenv("ZOO_KERNELS", "reference")
+    assert imported() == "reference"
+    monkeypatch.delenv("ZOO_KERNELS")
+    assert imported() == "auto"
+    monkeypatch.setenv("ZOO_KERNELS", "fastest")
+    with pytest.raises(ValueError, match="ZOO_KERNELS='fastest'; valid: auto, reference, triton"):
+        imported()
+
+
+def test_imports_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None; import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import torch; from zoo import kernels; x = torch.ones(1, 2, 3)\n"
+        "print(kernels.context_broadcast(x).sum().item())\n"
+        "try: kernels.context_broadcast(x, impl='triton')\nexcept RuntimeError as error: print(error)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ZOO_KERNELS"}
+    environment["PYTHONPATH"] = os.pathsep.join([environment.get("PYTHONPATH", ""), ROOT])
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("6.0\n")
+    assert "triton is not installed" in done.stdout
