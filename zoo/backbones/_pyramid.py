@@ -1,6 +1,5 @@
 """What pyramids of transformer stages share: blocks over tokens, stages over maps, and timm's interface to them."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +12,6 @@ from timm.layers import (
     DropPath,
     Mlp,
     calculate_drop_path_rates,
-    resample_abs_pos_embed,
-    resample_patch_embed,
-    resize_rel_pos_bias_table,
     to_2tuple,
     trunc_normal_,
 )
@@ -181,7 +177,7 @@ class Pyramid(nn.Module):
         super().__init__()
         count = len(depths)
         self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=False)
         names, options = per_stage("attn", attn, count), per_stage("attn_options", attn_options, count)
         grids = stage_grids(img_size, patch_size, count)
@@ -213,6 +209,7 @@ class Pyramid(nn.Module):
         ]
         self.norm = nn.LayerNorm(dims[-1], eps=norm_eps) if final_norm else nn.Identity()
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.head_hidden_size = self.head.num_features
         self.init_weights()
 
     @torch.jit.ignore
@@ -253,7 +250,9 @@ class Pyramid(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Exchanges the classifier, and the pooling before it if one is named."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
+        like = self.patch_embed.proj.weight
+        self.head.reset(num_classes, pool_type=global_pool, device=like.device, dtype=like.dtype)
+        self.head_hidden_size = self.head.num_features
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> map (B, num_features, h, w), channels last."""
@@ -318,7 +317,7 @@ class Pyramid(nn.Module):
         if prune_norm or shortened:
             self.norm = nn.Identity()
         if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.head.in_features = self.feature_info[last]["num_chs"]
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take
@@ -349,52 +348,3 @@ def stage_grids(img_size: int | tuple[int, int], patch_size: int, count: int) ->
         grids.append((height, width))
         height, width = (height + 1) // 2, (width + 1) // 2
     return grids
-
-
-def rename(state: Mapping[str, Tensor], rules: Mapping[str, str | Callable[[re.Match[str]], str]]) -> dict[str, Tensor]:
-    """The state with every regular expression of `rules` replaced in its keys, in order."""
-    out = {}
-    for key, value in state.items():
-        for pattern, text in rules.items():
-            key = re.sub(pattern, text, key)
-        out[key] = value
-    return out
-
-
-def stage_of(prefix: str, suffix: str = "", shift: int = -1) -> Callable[[re.Match[str]], str]:
-    """Replacement for a match whose first group is the number of a stage."""
-    return lambda match: f"{prefix}{int(match[1]) + shift}{suffix}"
-
-
-def fit(state: Mapping[str, Tensor], model: Pyramid) -> dict[str, Tensor]:
-    """A state whose keys are ours as far as stages go, in the form that this model has: windows, joint qkv, tables."""
-    own = model.state_dict()
-    out = {}
-    for key, value in state.items():
-        # What a network computes for itself is never taken from a file.
-        if key.endswith(("relative_position_index", "attn_mask")):
-            continue
-        key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
-        inner = key.replace(".attn.", ".attn.inner.", 1)
-        out[inner if key not in own and inner in own else key] = value
-    for key in [key for key in out if ".attn.q." in key]:
-        joint, kv = key.replace(".q.", ".qkv."), key.replace(".q.", ".kv.")
-        if joint in own and kv in out:
-            out[joint] = torch.cat([out.pop(key), out.pop(kv)])
-    return {key: _resized(key, value, own[key], model) if key in own else value for key, value in out.items()}
-
-
-def _resized(key: str, value: Tensor, own: Tensor, model: Pyramid) -> Tensor:
-    """Positions and patches for another size; a table in a file belongs to a square grid."""
-    if value.shape == own.shape:
-        return value
-    module: Any = model.get_submodule(key.rpartition(".")[0])
-    if key.endswith("relative_position_bias_table"):
-        return resize_rel_pos_bias_table(value, new_window_size=module.window_size, new_bias_shape=own.shape)
-    if key.endswith("positional_encoding"):
-        return resample_abs_pos_embed(value, list(module.grid_size), num_prefix_tokens=0)
-    if key.endswith("pos_embed"):
-        return resample_abs_pos_embed(value, list(module.resize_pos.grid_size), num_prefix_tokens=0)
-    if key == "patch_embed.proj.weight" and value.shape[2:] != own.shape[2:]:
-        return resample_patch_embed(value, list(own.shape[2:]), interpolation="bicubic", antialias=True)
-    return value

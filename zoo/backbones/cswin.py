@@ -13,7 +13,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.backbones._build import build, unwrap
-from zoo.backbones._pyramid import Embed, Place, Pyramid, fit, own_attention, rename, stage_of
+from zoo.backbones._checkpoint import fit, rename, stage_of
+from zoo.backbones._pyramid import Embed, Place, Pyramid, own_attention
 
 __all__ = ["CSWinTransformer"]
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from zoo.attention import attention_spec
 from zoo.backbones._build import build, unwrap
-from zoo.backbones._pyramid import Embed, Place, Pyramid, fit, own_attention, rename, stage_of
+from zoo.backbones._checkpoint import fit, rename, stage_of
+from zoo.backbones._pyramid import Embed, Place, Pyramid, own_attention
 
 __all__ = ["SwinTransformer"]
 
