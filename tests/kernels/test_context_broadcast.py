@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from zoo import kernels
+from zoo.kernels import dispatch
 from zoo.kernels.context_broadcast import reference
 
 # (B, N, C): one token, odd sizes within one block and over several, nothing at all.
@@ -113,14 +114,14 @@ def test_autocast_leaves_the_dtype_of_tokens_alone():
 
 
 @pytest.fixture
-def triton(triton_device):
-    """The op by its Triton code; in the interpreter the registered op takes tensors of the CPU."""
-    if triton_device == "cuda":
-        return lambda x, scale: kernels.context_broadcast(x, scale, impl="triton")
-    from zoo.kernels.context_broadcast import api, triton_impl
+def triton(triton_device, monkeypatch):
+    """The public op by its Triton code; in the interpreter, dispatch and the registered op take tensors of the CPU."""
+    if triton_device == "cpu":
+        from zoo.kernels.context_broadcast import api, triton_impl
 
-    api._op.register_kernel("cpu", triton_impl.forward)
-    return api._triton
+        api._op.register_kernel("cpu", triton_impl.forward)
+        monkeypatch.setattr(dispatch, "_elsewhere", lambda x: None)
+    return lambda x, scale: kernels.context_broadcast(x, scale, impl="triton")
 
 
 @pytest.fixture(params=["registers", "loop"])
