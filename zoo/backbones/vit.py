@@ -16,8 +16,9 @@ from timm.layers import (
     LayerScale,
     Mlp,
     PatchEmbed,
+    get_act_layer,
+    get_norm_layer,
     global_pool_nlc,
-    resample_abs_pos_embed,
     resample_patch_embed,
     to_2tuple,
     trunc_normal_,
@@ -27,7 +28,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.attention import SoftmaxAttention, attention_spec, create_attention, with_defaults
-from zoo.backbones._build import build, unwrap
+from zoo.backbones._build import build, fit_positions, unwrap
 from zoo.errors import UsageError, unknown
 from zoo.layers.context_broadcast import ContextBroadcast
 from zoo.layers.position import TableResize
@@ -110,12 +111,12 @@ class VisionTransformer(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        act_layer: Callable[..., nn.Module] | None = None,
+        norm_layer: str | Callable[..., nn.Module] | None = None,
+        act_layer: str | Callable[..., nn.Module] | None = None,
     ):
         super().__init__()
-        norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
-        act_layer = act_layer or nn.GELU
+        norm_layer = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-6)
+        act_layer = get_act_layer(act_layer) or nn.GELU
         if cb not in (None, "cb", "cbs"):
             raise unknown("cb", cb, ("cb", "cbs"))
         self.num_classes = num_classes
@@ -204,7 +205,8 @@ class VisionTransformer(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token"}
+        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return {"pos_embed", "cls_token"} | tables
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -303,6 +305,7 @@ class VisionTransformer(nn.Module):
             x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
             if index in take:
                 taken.append(self.norm(x) if norm else x)
+        return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
         prefix = [tokens[:, : self.num_prefix_tokens] for tokens in taken]
         maps = [tokens[:, self.num_prefix_tokens :] for tokens in taken]
         if output_fmt == "NCHW":
@@ -343,19 +346,29 @@ def _per_block(what: str, value: Any, depth: int) -> list[Any]:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
-    """Weights of DeiT's, timm's and our files for this model; position table and patches are resampled to fit."""
+    """Weights of DeiT's, timm's and our files for this model; position table and patches are resampled to fit.
+
+    A model without class token leaves that of the file out.
+
+    Raises:
+        UsageError: the grid of the file's position table cannot be told.
+    """
+    state = unwrap(state_dict)
+    kernel = state.get("patch_embed.proj.weight", model.patch_embed.proj.weight).shape[-2:]
+    prefix = 1 if "cls_token" in state else 0
+    if model.cls_token is None:
+        state.pop("cls_token", None)
     out = {}
-    for key, value in unwrap(state_dict).items():
+    for key, value in state.items():
         if key == "patch_embed.proj.weight":
             size = model.patch_embed.proj.weight.shape
             if value.ndim < 4:
                 value = value.reshape(size[0], -1, size[2], size[3])
             if value.shape[-2:] != size[-2:]:
                 value = resample_patch_embed(value, list(size[-2:]), interpolation="bicubic", antialias=True)
-        elif key == "pos_embed" and value.shape[1] != model.pos_embed.shape[1]:
-            value = resample_abs_pos_embed(
-                value, list(model.grid_size), num_prefix_tokens=model.num_prefix_tokens, interpolation="bicubic"
-            )
+        elif key == "pos_embed":
+            value = value[:, prefix - min(prefix, model.num_prefix_tokens) :]
+            value = fit_positions(value, model, model.grid_size, model.num_prefix_tokens, kernel)
         elif key.startswith("norm.") and isinstance(model.norm, nn.Identity):
             key = f"fc_{key}"
         out[key] = value
