@@ -1,10 +1,8 @@
 """Image classification data: folders or named datasets, timm's transforms, mixup, one class map, no surprises."""
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
@@ -12,45 +10,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from zoo.data.preload import PreloadedLoader, preload, random_crop_flip
-from zoo.data.sampler import EpochSampler, ResumableLoader, Unreadable, collate, mix
+from zoo.data.labelled import LabelledImages, seed_all
+from zoo.data.preload import PreloadedImages, PreloadedLoader, preload, random_crop_flip
+from zoo.data.sampler import EpochSampler, ResumableLoader, collate, mix
 from zoo.data.sources import Source, find_split, open_folder, open_named, resolve_root, share_of, train_folder
 from zoo.errors import UsageError, unknown
 
 _DEFAULT_SHARE = 0.1
-
-
-class LabelledImages(Dataset):
-    """(uint8 image (C, H, W), class number) for (epoch, index); random choices depend on (seed, epoch, index) alone."""
-
-    def __init__(self, source: Source, numbers: Sequence[int], transform: Callable, in_chans: int, seed: int | None):
-        self.source, self.numbers, self.transform = source, numbers, transform
-        self.in_chans, self.seed = in_chans, seed
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Unreadable:
-        epoch, index = key
-        number = self.numbers[index]
-        try:
-            image, target = self.source.load(number, self.in_chans)
-        except Exception as error:  # damaged files surface as OSError, SyntaxError, ValueError, struct.error, ...
-            return Unreadable(self.source.name(number), " ".join(str(error).split()) or type(error).__name__)
-        if self.seed is not None:
-            _seed_all(mix("sample", self.seed, epoch, number))
-        return self.transform(image), target
-
-
-def _seed_all(seed: int) -> None:
-    """timm's transforms draw from Python's, numpy's and torch's global generators."""
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    # torch.manual_seed looks for every kind of device, which takes longer than decoding a small image.
-    torch.default_generator.manual_seed(seed)
 
 
 class ImageClassification(LightningDataModule):
@@ -176,7 +145,7 @@ class ImageClassification(LightningDataModule):
             scale, ratio = hparams.scale or (0.08, 1.0), hparams.ratio or (3 / 4, 4 / 3)
             bicubic = hparams.interpolation == "bicubic"
             images = random_crop_flip(images, _pair(hparams.img_size), scale, ratio, hparams.hflip, bicubic, seed)
-        _seed_all(seed)
+        seed_all(seed)
         if images.is_cuda:
             torch.cuda.manual_seed(seed)
         if hparams.re_prob:
@@ -302,30 +271,33 @@ class ImageClassification(LightningDataModule):
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "drop_last": training and len(numbers) >= hparams.batch_size,
+            "drop_last": training,
             "generator": torch.Generator().manual_seed(hparams.seed),
         }
         if not isinstance(source, Source):
             return self._stream(source, training, arguments)
-        if training and len(numbers) < hparams.batch_size:
-            rank_zero_warn(f"batch_size={hparams.batch_size} is more than the {len(numbers)} images to train on")
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        images: LabelledImages | PreloadedImages
         if training and hparams.preload:
             raw = LabelledImages(source, numbers, pil_to_tensor, hparams.in_chans, None)
-            kept = preload(raw, workers, self._unreadable)
-            sampler = EpochSampler(len(kept), hparams.seed, rank=rank, world=world)
-            drop = {"batch_size": hparams.batch_size, "drop_last": len(kept) >= hparams.batch_size}
-            return PreloadedLoader(kept, sampler=sampler, **drop)
-        seed = hparams.seed if training else None
-        images = LabelledImages(source, numbers, self.transform(training), hparams.in_chans, seed)
-        sampler = EpochSampler(len(numbers), hparams.seed, shuffle=training, rank=rank, world=world)
+            images = preload(raw, workers, self._unreadable)
+        else:
+            seed = hparams.seed if training else None
+            images = LabelledImages(source, numbers, self.transform(training), hparams.in_chans, seed)
+        sampler = EpochSampler(len(images), hparams.seed, shuffle=training, rank=rank, world=world)
+        arguments["drop_last"] = training and len(sampler) >= hparams.batch_size
+        if training and len(sampler) < hparams.batch_size:
+            rank_zero_warn(f"batch_size={hparams.batch_size} is more than the {len(sampler)} images to train on")
+        if isinstance(images, PreloadedImages):
+            arguments = {name: arguments[name] for name in ("batch_size", "drop_last")}
+            return PreloadedLoader(images, sampler=sampler, **arguments)
         return ResumableLoader(images, sampler=sampler, on_unreadable=self._unreadable, **arguments)
 
     def _stream(self, source: IterableDataset, training: bool, arguments: dict[str, Any]) -> DataLoader:
         if training:
             rank_zero_warn("a streamed dataset cannot be resumed in the middle of an epoch: it starts that epoch again")
         source.transform = self.transform(training)  # type: ignore[attr-defined]
-        return DataLoader(source, collate_fn=_collate_stream, **(arguments | {"drop_last": training}))
+        return DataLoader(source, collate_fn=_collate_stream, **arguments)
 
     def _unreadable(self, name: str, reason: str) -> None:
         if self.hparams.on_error == "raise":

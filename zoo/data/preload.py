@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.sampler import ResumableLoader, collate
+from zoo.data.sampler import ResumableLoader, collate, split_key
 from zoo.errors import UsageError
 
 
@@ -26,8 +26,8 @@ class PreloadedImages(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, list]:
-        index = torch.tensor([number for _, number in keys])
+    def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> tuple[Tensor, Tensor, list]:
+        index = torch.tensor([split_key(key)[1] for key in keys])
         return self.images[index], self.targets[index], []
 
 

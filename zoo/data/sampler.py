@@ -2,11 +2,15 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+from zoo.errors import UsageError
 
 
 def mix(*parts: int | str) -> int:
@@ -15,39 +19,33 @@ def mix(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
+class EpochSampler(DistributedSampler):
     """Yields (epoch, index), so that a dataset in a long-lived worker knows the epoch of every sample.
+
+    It is a DistributedSampler so that Lightning leaves it in place on several devices; around any other sampler it puts
+    its own, which would divide the share of each process once more.
 
     Args:
         length: size of the dataset.
         seed: of the run.
         shuffle: whether the order changes with the epoch; otherwise it is 0, 1, 2, ... and epoch is always 0.
-        rank, world: this process' share of a distributed run. When shuffled, the last samples are repeated so that all
-            shares are equal; otherwise every sample is seen exactly once.
+        rank, world: this process' share of a distributed run. A few samples are repeated where that makes all shares
+            equal, in evaluation too: a process that is a batch short would leave the others waiting.
     """
 
     def __init__(self, length: int, seed: int = 0, shuffle: bool = True, rank: int = 0, world: int = 1):
-        self.length, self.seed, self.shuffle, self.rank, self.world = length, seed, shuffle, rank, world
-        self.epoch = 0
+        super().__init__(range(length), world, rank, shuffle, seed)  # type: ignore[arg-type]
         self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
         start, self.start = self.start, 0
-        if not self.shuffle:
-            return iter([(0, index) for index in range(self.rank, self.length, self.world)][start:])
-        generator = torch.Generator().manual_seed(mix("order", self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        order = (order * self.world)[: -(-self.length // self.world) * self.world]
-        epoch = self.epoch
-        return iter([(epoch, index) for index in order[self.rank :: self.world][start:]])
-
-    def __len__(self) -> int:
-        rest = self.length - self.rank
-        return -(-(self.length if self.shuffle else rest) // self.world)
+        epoch = self.epoch if self.shuffle else 0
+        order = list(self.dataset)  # type: ignore[call-overload]
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mix("order", self.seed, epoch))
+            order = torch.randperm(len(order), generator=generator).tolist()
+        order += islice(cycle(tuple(order)), self.total_size - len(order))
+        return iter([(epoch, index) for index in order[self.rank :: self.num_replicas][start:]])
 
 
 class Unreadable(NamedTuple):
@@ -55,6 +53,13 @@ class Unreadable(NamedTuple):
 
     name: str
     reason: str
+
+
+def split_key(key: tuple[int, int] | int) -> tuple[int, int]:
+    """(epoch, index) of what a sampler gave; another one than `EpochSampler`, as Lightning's for overfit_batches, knows
+    no epoch.
+    """
+    return key if isinstance(key, tuple) else (0, key)
 
 
 def collate(samples: Sequence[Any]) -> tuple[Tensor, Tensor, list[Unreadable]]:
@@ -77,7 +82,7 @@ class ResumableLoader(DataLoader):
     Args:
         on_unreadable: called with (name, reason) in the main process for every sample that could not be read.
         collate_batch: makes (images, targets, unreadable) of what the dataset gives.
-        arguments: of torch's DataLoader; `sampler` is an `EpochSampler`.
+        arguments: of torch's DataLoader; `sampler` is an `EpochSampler` (overfit_batches makes Lightning exchange it).
     """
 
     def __init__(
@@ -99,16 +104,26 @@ class ResumableLoader(DataLoader):
         self._resumed = (-1, 0)
         if self._done:
             sampler.start = self._done * (self.batch_size or 1)
+        nothing = not self._done
         for images, targets, unreadable in super().__iter__():
             self._done += 1
             for name, reason in unreadable:
                 if self.on_unreadable is not None:
                     self.on_unreadable(name, reason)
             if len(targets):
+                nothing = False
                 yield images, targets
+            elif getattr(sampler, "shuffle", False):  # no other image could take the place of this batch
+                raise _none(unreadable[0])
+        if nothing and self._done:
+            raise _none(unreadable[0])
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": getattr(self.sampler, "epoch", 0), "done": self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resumed = (state["epoch"], state["done"])
+
+
+def _none(first: Unreadable) -> UsageError:
+    return UsageError(f"none of these images can be read, such as {first.name}: {first.reason}")

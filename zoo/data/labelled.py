@@ -1,0 +1,55 @@
+"""Samples as a loader asks for them: reproducible one by one, and never an exception for a damaged file."""
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from zoo.data.sampler import Unreadable, mix, split_key
+from zoo.data.sources import Source
+
+
+class LabelledImages(Dataset):
+    """(uint8 image (C, H, W), class number) for (epoch, index); random choices depend on (seed, epoch, index) alone."""
+
+    def __init__(self, source: Source, numbers: Sequence[int], transform: Callable, in_chans: int, seed: int | None):
+        self.source, self.numbers, self.transform = source, numbers, transform
+        self.in_chans, self.seed = in_chans, seed
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[Tensor, int] | Unreadable:
+        epoch, index = split_key(key)
+        number = self.numbers[index]
+        try:
+            image, target = self.source.load(number, self.in_chans)
+        except Exception as error:  # damaged files surface as OSError, SyntaxError, ValueError, struct.error, ...
+            return Unreadable(self.source.name(number), " ".join(str(error).split()) or type(error).__name__)
+        if self.seed is not None:
+            seed_all(mix("sample", self.seed, epoch, number))
+        return self.transform(image), target
+
+    def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> list[tuple[Tensor, int] | Unreadable]:
+        samples = [self[key] for key in keys]
+        if self.seed is None or not all(isinstance(sample, Unreadable) for sample in samples):
+            return samples
+        # Lightning does not validate after an epoch that is a batch short, and other ranks would wait for the batch:
+        # so in training, and only there, the next readable image takes the place of a whole batch.
+        epoch, index = split_key(keys[-1])
+        for step in range(1, len(self)):
+            samples.append(self[epoch, (index + step) % len(self)])
+            if not isinstance(samples[-1], Unreadable):
+                break
+        return samples
+
+
+def seed_all(seed: int) -> None:
+    """timm's transforms draw from Python's, numpy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    # torch.manual_seed looks for every kind of device, which takes longer than decoding a small image.
+    torch.default_generator.manual_seed(seed)
