@@ -251,7 +251,8 @@ class Pyramid(nn.Module):
         """Exchanges the classifier, and the pooling before it if one is named."""
         self.num_classes = num_classes
         like = self.patch_embed.proj.weight
-        self.head.reset(num_classes, pool_type=global_pool, device=like.device, dtype=like.dtype)
+        self.head.reset(num_classes, pool_type=global_pool)
+        self.head.to(device=like.device, dtype=like.dtype)
         self.head_hidden_size = self.head.num_features
 
     def forward_features(self, x: Tensor) -> Tensor:
