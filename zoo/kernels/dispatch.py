@@ -89,7 +89,7 @@ def _takes_triton(op: Op, impl: str, tensors: tuple) -> bool:
     if impl == "reference":
         return False
     if impl == "auto":
-        if DEFAULT == "reference" or _elsewhere(x) is not None:
+        if DEFAULT == "reference" or _elsewhere(x):
             return False
         if DEFAULT == "triton":
             return _insist("ZOO_KERNELS=triton", op, tensors)
@@ -102,17 +102,24 @@ def _takes_triton(op: Op, impl: str, tensors: tuple) -> bool:
 
 
 def _insist(who: str, op: Op, tensors: tuple) -> bool:
-    reason = None if HAS_TRITON else "triton is not installed (pip install triton)"
-    reason = reason or _elsewhere(tensors[0]) or op.unsupported(*tensors)
+    if not HAS_TRITON:
+        reason: str | None = "triton is not installed (pip install triton)"
+    elif not _elsewhere(tensors[0]):
+        reason = op.unsupported(*tensors)
+    elif _exported(tensors[0]):
+        reason = "the graph is being exported, and a kernel has no place in it"
+    else:
+        reason = f"the tensor is on {tensors[0].device}, and Triton kernels need CUDA"
     if reason is not None:
         raise RuntimeError(f"{who} was asked for, but in {op.name} {reason}")
     return True
 
 
-def _elsewhere(x: Any) -> str | None:
-    """The reason why this call is none for a kernel, whatever its shapes: a graph for other machines, or no GPU."""
+def _elsewhere(x: Any) -> bool:
+    """Whether this call is none for a kernel, whatever its shapes: a graph for other machines, or no GPU."""
+    return _exported(x) or not x.is_cuda
+
+
+def _exported(x: Any) -> bool:
     # The flag behind is_exporting(), which in torch 2.11 answers True in all of torch.compile.
-    exports = torch.compiler._is_exporting_flag
-    if isinstance(x, torch.fx.Proxy) or exports or torch.jit.is_tracing():
-        return "the graph is being exported, and a kernel has no place in it"
-    return None if x.is_cuda else f"the tensor is on {x.device}, and Triton kernels need CUDA"
+    return isinstance(x, torch.fx.Proxy) or torch.compiler._is_exporting_flag or torch.jit.is_tracing()
