@@ -2,6 +2,7 @@
 
 from zoo.attention.base import Attention
 from zoo.attention.focused_linear import FocusedLinearAttention
+from zoo.attention.local_relation import LocalRelationAttention
 from zoo.attention.registry import (
     AttentionSpec,
     attention_spec,
@@ -10,6 +11,7 @@ from zoo.attention.registry import (
     register_attention,
     with_defaults,
 )
+from zoo.attention.single_head import SingleHeadAttention
 from zoo.attention.softmax import SoftmaxAttention
 from zoo.attention.uniform import UniformAttention
 from zoo.attention.window import CrossWindowAttention, ShiftedWindowAttention, WindowAttention
@@ -19,7 +21,9 @@ __all__ = [
     "AttentionSpec",
     "CrossWindowAttention",
     "FocusedLinearAttention",
+    "LocalRelationAttention",
     "ShiftedWindowAttention",
+    "SingleHeadAttention",
     "SoftmaxAttention",
     "UniformAttention",
     "WindowAttention",

@@ -4,6 +4,7 @@ A dense channels-last map (B, C, H, W) and its tokens (B, H*W, C) are the same m
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.attention.base import Attention, Grid
@@ -17,6 +18,11 @@ def tokens_to_map(x: Tensor, grid: tuple[int, int]) -> Tensor:
 def map_to_tokens(x: Tensor) -> Tensor:
     """A map (B, C, H, W) as tokens (B, H*W, C): a view of a dense channels-last map, else one copy."""
     return x.flatten(2).transpose(1, 2) if x.shape[1] == 1 else x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def given(**arguments: Tensor | None) -> dict[str, Tensor]:
+    """The arguments that are there: an `attention_map` has to know them only when they are needed."""
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 class MapAdapter(Attention):
@@ -42,8 +48,11 @@ class MapAdapter(Attention):
         out = self.attn(map_to_tokens(x), grid, key_mask=key_mask, bias=bias)
         return tokens_to_map(out, self.attn.out_grid(grid))
 
-    def attention_map(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        return self.attn.attention_map(map_to_tokens(x), (x.shape[2], x.shape[3]))
+    def attention_map(
+        self, x: Tensor, grid: Grid | None = None, key_mask: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        there = given(key_mask=key_mask, bias=bias)
+        return self.attn.attention_map(map_to_tokens(x), (x.shape[2], x.shape[3]), **there)
 
 
 class TokensAdapter(Attention):
@@ -80,7 +89,14 @@ class TokensAdapter(Attention):
             out = self.attn(cells, grid, key_mask=key_mask, bias=bias)
         return torch.cat([x[:, :prefix], out], dim=1) if prefix else out
 
-    def attention_map(self, x: Tensor, grid: Grid | None = None) -> Tensor:
-        grid = self.token_grid(x, grid)
-        cells = x[:, self.num_prefix_tokens :]
-        return self.attn.attention_map(tokens_to_map(cells, grid) if self.native_map else cells, grid)
+    def attention_map(
+        self, x: Tensor, grid: Grid | None = None, key_mask: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        """Weights (B, heads, queries, keys); a prefix token, which passes, has all of its weight on itself."""
+        grid, prefix = self.token_grid(x, grid), self.num_prefix_tokens
+        cells = x[:, prefix:]
+        there = given(key_mask=None if key_mask is None else key_mask[:, prefix:], bias=bias)
+        weights = self.attn.attention_map(tokens_to_map(cells, grid) if self.native_map else cells, grid, **there)
+        weights = F.pad(weights, (prefix, 0, prefix, 0))
+        weights[..., range(prefix), range(prefix)] = 1.0
+        return weights

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from zoo.attention.adapters import given
 from zoo.attention.base import MASKED, Attention, Grid
 from zoo.attention.registry import attention_spec, create_attention, register_attention
 from zoo.errors import UsageError
@@ -154,11 +155,6 @@ class _Windowed(Attention):
             )
 
 
-def _given(**arguments: Tensor | None) -> dict[str, Tensor]:
-    """The arguments that are there: an inner `attention_map` has to know them only when they are needed."""
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
 def _pair(name: str, value: int | tuple[int, int]) -> Grid:
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or min(pair) < 1:
@@ -238,7 +234,7 @@ class WindowAttention(_Windowed):
         cut = self.cut(self.token_grid(x, grid))
         windows, mask = window_tokens(x, cut, self.num_prefix_tokens, None)
         added = window_bias(cut, self.relative_bias(cut.window), self.num_prefix_tokens, x)
-        local = self.inner.attention_map(windows, cut.window, **_given(key_mask=mask, bias=added))
+        local = self.inner.attention_map(windows, cut.window, **given(key_mask=mask, bias=added))
         return grid_weights(local, cut, self.num_prefix_tokens, x.shape[0])
 
     def cut(self, grid: tuple[int, int]) -> Cut:
@@ -380,7 +376,7 @@ class CrossWindowAttention(_Windowed):
         for index, branch in enumerate(self.branches):
             cut = self.cut(grid, index)
             windows, mask = window_tokens(x, cut, self.num_prefix_tokens, None)
-            local = branch.attention_map(windows, cut.window, **_given(key_mask=mask))
+            local = branch.attention_map(windows, cut.window, **given(key_mask=mask))
             halves.append(grid_weights(local, cut, self.num_prefix_tokens, x.shape[0]))
         return torch.cat(halves, dim=1)
 

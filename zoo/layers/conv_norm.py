@@ -1,0 +1,90 @@
+"""Convolution with BatchNorm, which one convolution replaces for inference."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+class ConvNorm(nn.Module):
+    """Convolution, then BatchNorm: maps (B, in_chans, H, W) -> (B, out_chans, H', W').
+
+    Args:
+        in_chans, out_chans: channels.
+        kernel_size, stride: of the convolution; an odd kernel is centred, so that H' = ceil(H / stride).
+        groups: of the convolution.
+        bias: whether the convolution has one of its own.
+    """
+
+    def __init__(
+        self, in_chans: int, out_chans: int, kernel_size: int = 1, stride: int = 1, groups: int = 1, bias: bool = False
+    ):
+        super().__init__()
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, groups=groups, bias=bias)
+        self.bn = nn.BatchNorm2d(out_chans)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The convolution that answers the same in evaluation mode."""
+        return fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+
+
+class ResidualDepthwise(ConvNorm):
+    """x + bn(conv(x)) with one kernel a channel: maps (B, dim, H, W) -> the same shape.
+
+    Args:
+        dim: channels.
+        kernel_size: of the convolution, odd.
+        drop_path: layer that drops the branch in training.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3, drop_path: nn.Module | None = None):
+        super().__init__(dim, dim, kernel_size, groups=dim)
+        self.drop_path = drop_path or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.bn(self.conv(x)))
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The convolution that answers the same in evaluation mode: x itself is a 1 at the kernel's centre."""
+        conv: Any = super().fuse()
+        centre = conv.kernel_size[0] // 2
+        conv.weight[:, 0, centre, centre] += 1
+        return conv
+
+
+class NormLinear(nn.Module):
+    """BatchNorm and a linear classifier: features (B, in_features) -> logits (B, out_features)."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(in_features)
+        self.fc = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.bn(x))
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The linear layer that answers the same in evaluation mode."""
+        scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
+        self.fc.bias += self.fc.weight @ (self.bn.bias - self.bn.running_mean * scale)
+        self.fc.weight *= scale
+        return self.fc
+
+
+def fuse_children(module: nn.Module) -> None:
+    """Replaces every layer of this file inside `module` by the one that answers the same in evaluation mode."""
+    for name, child in module.named_children():
+        if isinstance(child, (ConvNorm, NormLinear)):
+            setattr(module, name, child.fuse())
+        else:
+            fuse_children(child)
