@@ -1,0 +1,148 @@
+"""timm's interface for networks that are a stem, stages over maps and a classifier over the pooled map."""
+
+from typing import Any
+
+import torch
+from timm.layers import SelectAdaptivePool2d
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from zoo.errors import UsageError, unknown
+
+
+class MapStage(nn.Module):
+    """What makes the map smaller, and blocks: maps (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+        return x
+
+
+class StagedNetwork(nn.Module):
+    """Base of the networks; they fill `patch_embed`, `stages`, `norm` and `feature_info`, then call `make_head`.
+
+    Images (B, in_chans, H, W) of any size; stage i answers (B, num_chs, ceil(H / reduction), ceil(W / reduction)) with
+    what `feature_info[i]` says.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed: nn.Module = nn.Identity()
+        self.stages = nn.ModuleList()
+        self.norm: nn.Module = nn.Identity()
+        self.feature_info: list[dict[str, Any]] = []
+
+    def make_head(self, num_features: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        """Sets the pooling and the classifier, and every attribute that timm reads of them."""
+        self.num_features = self.head_hidden_size = num_features
+        self.head_drop = nn.Dropout(drop_rate)
+        self._set_head(num_classes, global_pool)
+
+    def _set_head(self, num_classes: int, global_pool: str) -> None:
+        if global_pool not in ("", "avg", "max", "avgmax"):
+            raise unknown("global_pool", global_pool, ("avg", "max", "avgmax", ""))
+        if num_classes and not global_pool:
+            raise UsageError("a classifier needs a pooled map: give global_pool='avg', or num_classes=0")
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.head = self.classifier(num_classes)
+
+    def classifier(self, num_classes: int) -> nn.Module:
+        """A new classifier of pooled features; nothing for no classes."""
+        return nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            assert isinstance(stage, MapStage)
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        return self.head
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Exchanges the classifier, and the pooling before it if one is named."""
+        like = next(self.patch_embed.parameters())
+        self._set_head(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
+        self.head.to(device=like.device, dtype=like.dtype).train(self.training)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> map (B, num_features, h, w)."""
+        x = self.patch_embed(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map (B, num_features, h, w) -> logits (B, num_classes), or features (B, num_features) if `pre_logits`."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def stage_maps(self, x: Tensor, count: int) -> list[Tensor]:
+        """What each of the first `count` stages answers to images x."""
+        x, maps = self.patch_embed(x), []
+        for stage in list(self.stages)[:count]:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """What stages answer, as timm's networks give it.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: stages to take: the last n, a list of indices, or None for all.
+            norm: apply the final norm to the last stage's map (the others have fewer channels).
+            stop_early: leave out the stages after the last one taken.
+            output_fmt: "NCHW" for maps (B, C, h, w), "NHWC" for (B, h, w, C); the memory is the same.
+            intermediates_only: give the intermediates alone, without the final map.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise unknown("output_fmt", output_fmt, ("NCHW", "NHWC"))
+        take, last = feature_take_indices(len(self.stages), indices)
+        maps = self.stage_maps(x, last + 1 if stop_early else len(self.stages))
+        final = self.norm(maps[-1]) if len(maps) == len(self.stages) else maps[-1]
+        taken = [final if norm and index == len(self.stages) - 1 else maps[index] for index in take]
+        if output_fmt == "NHWC":
+            taken = [map_.permute(0, 2, 3, 1) for map_ in taken]
+        return taken if intermediates_only else (final, taken)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the stages after the last one taken; the norm and head go with them, or on request."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return take
