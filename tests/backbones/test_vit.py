@@ -94,9 +94,9 @@ def test_another_position_table_and_patch_size(tmp_path, token):
 def test_own_file_of_a_wide_grid_comes_back_as_it_was(tmp_path):
     source = shaken(create(img_size=(16, 64)))
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    overlay = {"file": str(tmp_path / "w.pth"), "num_classes": 5}
+    # 16 positions could be a 4 x 4 grid as well, which is what timm would take them for: the size has to be said.
+    overlay = {"file": str(tmp_path / "w.pth"), "num_classes": 5, "input_size": (3, 16, 64)}
     model = create(img_size=(16, 64), pretrained=True, pretrained_cfg_overlay=overlay)
-    # 16 positions could be a 4 x 4 grid as well; a table that fits is taken as it is.
     assert torch.equal(model.pos_embed, source.pos_embed)
 
 
@@ -257,3 +257,18 @@ def test_attention_that_passes_the_class_token_on_is_refused(passing):
         create(attn=[None, passing])
     create(attn=passing, class_token=False, global_pool="avg")
     create(attn=passing, global_pool="avg")
+
+
+def test_a_square_table_is_resized_to_a_grid_of_as_many_places(tmp_path):
+    """14 x 14 and 7 x 28 are both 196 places: taken as it is, the table would be scrambled; timm resizes it."""
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(), path)
+    made = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}, "img_size": (112, 448), "depth": 1}
+    ours, theirs = (timm.create_model(f"{prefix}vit_tiny_patch16_224", **made) for prefix in ("zoo_", ""))
+    assert torch.equal(ours.pos_embed, theirs.pos_embed)
+
+
+@pytest.mark.parametrize("wrong", [{"patch_size": 0}, {"depth": 0}, {"img_size": (0, 32)}])
+def test_sizes_that_make_no_network_are_refused(wrong):
+    with pytest.raises(UsageError, match="must all be at least 1"):
+        timm.create_model("zoo_vit_tiny_patch16_224", **wrong)

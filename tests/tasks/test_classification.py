@@ -120,6 +120,13 @@ def test_the_clock_anneals_fully_and_ends_with_a_validation(tiny, tmp_path):
     assert saved["global_step"] == steps
 
 
+def test_a_run_of_so_many_steps_ends_with_a_validation(tiny, tmp_path):
+    trainer = tiny.trainer(tmp_path, max_epochs=-1, max_steps=2, check_val_every_n_epoch=1000)
+    trainer.fit(tiny.task(), datamodule=tiny.Data())
+    assert trainer.global_step == 2
+    assert "val/top1" in trainer.callback_metrics
+
+
 def test_a_clock_with_time_to_spare_changes_nothing(tiny, tmp_path):
     rates = []
     for callbacks in ([], [Timer(duration={"hours": 1}, verbose=False)]):

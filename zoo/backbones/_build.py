@@ -52,22 +52,22 @@ def fit_positions(
 ) -> Tensor:
     """A file's table of positions (1, P + h*w, C), resized to `grid_size`.
 
-    A table with as many places as the grid is taken as it is. Else h x w is what the config's `input_size` gives with
-    the file's `patch_size`, where that fits, or a square.
+    h x w is what the config's `input_size` gives with the file's `patch_size`, where that fits, else a square, else the
+    model's own grid.
 
     Raises:
-        UsageError: neither fits.
+        UsageError: none of them fits.
     """
     count = table.shape[1] - num_prefix_tokens
-    if count == math.prod(grid_size):
-        return table
     size = model.pretrained_cfg["input_size"][-2:]
-    grid = tuple(-(-side // patch) for side, patch in zip(size, patch_size, strict=True))
-    if math.prod(grid) != count:
-        grid = (math.isqrt(max(count, 0)),) * 2
-    if math.prod(grid) != count:
+    side = math.isqrt(max(count, 0))
+    candidates = [tuple(-(-length // patch) for length, patch in zip(size, patch_size, strict=True)), (side, side)]
+    grid = next((found for found in [*candidates, tuple(grid_size)] if math.prod(found) == count), None)
+    if grid is None:
         raise UsageError(
             f"the file's table of positions has {count} places, which is no square; say for which image size it was "
             "made: pretrained_cfg_overlay={'file': PATH, 'input_size': (3, HEIGHT, WIDTH)}"
         )
+    if grid == tuple(grid_size):
+        return table
     return resample_abs_pos_embed(table, list(grid_size), list(grid), num_prefix_tokens=num_prefix_tokens)

@@ -117,6 +117,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         norm_layer = get_norm_layer(norm_layer) or partial(nn.LayerNorm, eps=1e-6)
         act_layer = get_act_layer(act_layer) or nn.GELU
+        if min(*to_2tuple(patch_size), depth, *to_2tuple(img_size)) < 1:
+            raise UsageError(f"patch_size={patch_size}, img_size={img_size} and depth={depth} must all be at least 1")
         if cb not in (None, "cb", "cbs"):
             raise unknown("cb", cb, ("cb", "cbs"))
         self.num_classes = num_classes

@@ -183,6 +183,9 @@ class Classification(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         # A run that ends between two validations, by its clock or by its last epoch, still ends with one.
+        if 0 < self.trainer.max_steps <= self.global_step:
+            # Lightning ends such a run without a validation, unless it is told to stop.
+            self.trainer.should_stop = True
         ends = self.trainer.should_stop or self.current_epoch + 1 == self.trainer.max_epochs
         if ends and self.trainer.check_val_every_n_epoch is not None:
             self.trainer.check_val_every_n_epoch = 1
