@@ -62,8 +62,8 @@ def randomise(model):
 @each
 def test_parameters_and_multiply_adds_are_the_measured_ones(name):
     model, (*_, params, gmacs) = empty(name), MEASURED[name]
-    # The specification rounds the 16,588,484 parameters of S4 up.
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(params, abs=6e-4)
+    # The specification's three digits were rounded from four: 16,588,484 parameters of S4 are its 16.589 M.
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(params, abs=0.5e-3 + 0.5e-4)
     assert round(count_macs(model, model.default_cfg["input_size"]) / 1e9, 4) == gmacs
 
 

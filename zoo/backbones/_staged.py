@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import SelectAdaptivePool2d, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -25,6 +25,14 @@ class MapStage(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
         return x
+
+
+def linear_classifier(dim: int, num_classes: int) -> nn.Linear:
+    """A linear layer whose weights start at a truncated normal of std 0.02, its biases at 0."""
+    layer = nn.Linear(dim, num_classes)
+    trunc_normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class StagedNetwork(nn.Module):
@@ -58,12 +66,12 @@ class StagedNetwork(nn.Module):
 
     def classifier(self, num_classes: int) -> nn.Module:
         """A new classifier of pooled features; nothing for no classes."""
-        return nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        return linear_classifier(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            assert isinstance(stage, MapStage)
+        stages: Any = self.stages
+        for stage in stages:
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -75,7 +83,9 @@ class StagedNetwork(nn.Module):
         """Exchanges the classifier, and the pooling before it if one is named."""
         like = next(self.patch_embed.parameters())
         self._set_head(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
-        self.head.to(device=like.device, dtype=like.dtype).train(self.training)
+        heads = self.get_classifier()
+        for head in heads if isinstance(heads, tuple) else (heads,):
+            head.to(device=like.device, dtype=like.dtype).train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> map (B, num_features, h, w)."""

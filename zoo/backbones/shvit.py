@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, SqueezeExcite, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, SqueezeExcite, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from zoo.attention import SingleHeadAttention, create_attention, with_defaults
 from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import rename, stage_of
 from zoo.backbones._pyramid import per_stage, stage_grids
-from zoo.backbones._staged import MapStage, StagedNetwork
+from zoo.backbones._staged import MapStage, StagedNetwork, linear_classifier
 from zoo.layers.conv_norm import ConvNorm, NormLinear, ResidualDepthwise, fuse_children
 
 __all__ = ["SHViT"]
@@ -157,12 +157,7 @@ class SHViT(StagedNetwork):
         )
 
     def classifier(self, num_classes: int) -> nn.Module:
-        if not num_classes:
-            return nn.Identity()
-        head = NormLinear(self.head_hidden_size, num_classes)
-        trunc_normal_(head.fc.weight, std=0.02)
-        nn.init.zeros_(head.fc.bias)
-        return head
+        return NormLinear(linear_classifier(self.head_hidden_size, num_classes)) if num_classes else nn.Identity()
 
     @torch.jit.ignore
     def init_weights(self) -> None:

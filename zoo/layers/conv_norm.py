@@ -61,12 +61,12 @@ class ResidualDepthwise(ConvNorm):
 
 
 class NormLinear(nn.Module):
-    """BatchNorm and a linear classifier: features (B, in_features) -> logits (B, out_features)."""
+    """BatchNorm before a linear layer: features (B, C) -> (B, C')."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, fc: nn.Linear):
         super().__init__()
-        self.bn = nn.BatchNorm1d(in_features)
-        self.fc = nn.Linear(in_features, out_features)
+        self.bn = nn.BatchNorm1d(fc.in_features)
+        self.fc = fc
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.bn(x))
