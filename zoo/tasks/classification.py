@@ -115,6 +115,9 @@ class Classification(LightningModule):
     def inference(self, images: Tensor) -> Tensor:
         """Logits, float32 (B, classes), of images (B, C, H, W): uint8, or float in [0, 1]."""
         images = images.to(self.mean.dtype) / 255 if images.dtype == torch.uint8 else images
+        if images.is_cuda:
+            # cuDNN's depthwise convolutions take a quarter of the time in this layout.
+            images = images.contiguous(memory_format=torch.channels_last)
         return self.backbone((images - self.mean) / self.std).float()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -130,6 +133,8 @@ class Classification(LightningModule):
         if self.trainer.strategy.root_device.type == "cpu":
             data = getattr(self.trainer, "datamodule", None)
             share_cores(int(getattr(data, "hparams", {}).get("num_workers") or 0))
+        if self.trainer.strategy.root_device.type == "cuda":
+            self.backbone.to(memory_format=torch.channels_last)
         if stage == "fit" and self.hparams["compile"]:
             _compile_in_place(self.backbone)
 
@@ -284,16 +289,18 @@ def check_same_network(saved: Mapping[str, Any], given: Mapping[str, Any]) -> No
 
 
 def _compile_in_place(backbone: nn.Module) -> None:
-    blocks = getattr(backbone, "blocks", None)
-    if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) > 1:
-        # Equal blocks share one compilation, which takes seconds instead of a minute. Blocks that differ (a drop path
-        # rate that grows with depth) need one each: allow that instead of falling back to eager after eight.
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
-        for block in blocks:
-            block.compile()
-    else:
+    owners = [getattr(module, "blocks", None) for module in backbone.modules()]
+    blocks = [block for owner in owners if isinstance(owner, (nn.ModuleList, nn.Sequential)) for block in owner]
+    if len(blocks) < 2:
         backbone.compile()
+        return
+    # Equal blocks share one compilation, which takes seconds instead of a minute. Blocks that differ (in width, or in a
+    # drop path rate that grows with depth) need one each: allow that instead of falling back to eager after eight, and
+    # keep the sizes of the stages apart instead of compiling once for all of them.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
+    for block in blocks:
+        block.compile(dynamic=False)
 
 
 def _metrics(classes: int) -> MetricCollection:
