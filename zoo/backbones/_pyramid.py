@@ -209,7 +209,7 @@ class Pyramid(nn.Module):
         ]
         self.norm = nn.LayerNorm(dims[-1], eps=norm_eps) if final_norm else nn.Identity()
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = pooled_width(self.head)
         self.init_weights()
 
     @torch.jit.ignore
@@ -253,7 +253,7 @@ class Pyramid(nn.Module):
         like = self.patch_embed.proj.weight
         self.head.reset(num_classes, pool_type=global_pool)
         self.head.to(device=like.device, dtype=like.dtype)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = pooled_width(self.head)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> map (B, num_features, h, w), channels last."""
@@ -322,6 +322,11 @@ class Pyramid(nn.Module):
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take
+
+
+def pooled_width(head: ClassifierHead) -> int:
+    """Features that the classifier of `head` sees: twice the map's for pooling that concatenates."""
+    return head.in_features * head.global_pool.feat_mult()
 
 
 def per_stage(what: str, value: Any, count: int) -> list[Any]:

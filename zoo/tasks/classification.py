@@ -18,6 +18,7 @@ from zoo.tasks.finite import FiniteLossGuard
 from zoo.tasks.plain import plain
 from zoo.tasks.schedule import Schedule, check_scheduler_name
 from zoo.tasks.seeds import seed_step
+from zoo.tasks.speed import TrainingGraph, compile_in_place
 from zoo.tasks.threads import share_cores
 
 
@@ -42,6 +43,7 @@ class Classification(LightningModule):
         warmup_epochs: linear warm-up; per cent of the time where only `max_time` bounds the run.
         freeze_epochs: epochs at the start in which only the head learns; the rest stays in eval mode.
         compile: torch.compile the backbone for training, block by block where it has blocks.
+        cuda_graph: on a GPU, replay forward and backward as CUDA graphs; for networks that the host cannot feed.
 
     Raises:
         UsageError: a name, an option, the image size or the weights do not fit.
@@ -76,6 +78,7 @@ class Classification(LightningModule):
         label_smoothing: float = 0.0,
         freeze_epochs: int = 0,
         compile: bool = False,
+        cuda_graph: bool = False,
     ):
         super().__init__()
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -105,6 +108,7 @@ class Classification(LightningModule):
         self.val_per_class, self.test_per_class = (_per_class_accuracy(len(class_names)) for _ in range(2))
         self._guard = FiniteLossGuard()
         self._schedule: Schedule | None = None
+        self._graph: TrainingGraph | None = None
         self._frozen = False
 
     @property
@@ -114,11 +118,14 @@ class Classification(LightningModule):
 
     def inference(self, images: Tensor) -> Tensor:
         """Logits, float32 (B, classes), of images (B, C, H, W): uint8, or float in [0, 1]."""
+        return self.backbone(self._normalise(images)).float()
+
+    def _normalise(self, images: Tensor) -> Tensor:
         images = images.to(self.mean.dtype) / 255 if images.dtype == torch.uint8 else images
         if images.is_cuda:
             # cuDNN's depthwise convolutions take a quarter of the time in this layout.
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.backbone((images - self.mean) / self.std).float()
+        return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
         """Same as `inference`."""
@@ -135,8 +142,10 @@ class Classification(LightningModule):
             share_cores(int(getattr(data, "hparams", {}).get("num_workers") or 0))
         if self.trainer.strategy.root_device.type == "cuda":
             self.backbone.to(memory_format=torch.channels_last)
+        if stage == "fit" and self.hparams["cuda_graph"]:
+            self._check_graph()
         if stage == "fit" and self.hparams["compile"]:
-            _compile_in_place(self.backbone)
+            compile_in_place(self.backbone)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         hparams = self.hparams
@@ -177,6 +186,8 @@ class Classification(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = batch
+        if self.hparams["cuda_graph"] and self._graph is None and images.is_cuda:
+            self._graph = TrainingGraph(self.backbone, self._normalise(images))
         logits = self.inference(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=self.hparams["label_smoothing"])
         self._guard.check(loss, self.global_step)
@@ -198,6 +209,26 @@ class Classification(LightningModule):
     def on_train_end(self) -> None:
         self._guard.assert_finite(self.backbone, self.global_step)
         self._schedule = None
+        if self._graph is not None:
+            self._graph.release()
+            self._graph = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        if fused and gradient_clip_val and self.trainer.precision != "16-mixed":
+            # Lightning refuses to clip for fused optimizers, which only a loss scaler makes wrong.
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            if gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            else:
+                torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self._evaluate(batch, "val", self.val_metrics, self.val_per_class)
@@ -243,6 +274,16 @@ class Classification(LightningModule):
         self.log_dict(metrics, prog_bar=stage == "val", batch_size=len(images))
         return {"logits": logits.detach(), "targets": targets}
 
+    def _check_graph(self) -> None:
+        reasons = {
+            "model.freeze_epochs": self.hparams["freeze_epochs"] > 0,
+            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches > 1,
+            "trainer.devices": self.trainer.world_size > 1,
+        }
+        for option, excluded in reasons.items():
+            if excluded:
+                raise UsageError(f"cuda_graph does not go with --{option}; leave one of them out")
+
     def _log_every(self) -> int:
         # An attribute that Lightning sets outside the Trainer's own code, unseen by type checkers.
         return getattr(self.trainer, "log_every_n_steps", 50)
@@ -286,21 +327,6 @@ def check_same_network(saved: Mapping[str, Any], given: Mapping[str, Any]) -> No
             f"the checkpoint's class {index} is {theirs[index]!r}, but the data's is {ours[index]!r}: "
             "this is another data set"
         )
-
-
-def _compile_in_place(backbone: nn.Module) -> None:
-    owners = [getattr(module, "blocks", None) for module in backbone.modules()]
-    blocks = [block for owner in owners if isinstance(owner, (nn.ModuleList, nn.Sequential)) for block in owner]
-    if len(blocks) < 2:
-        backbone.compile()
-        return
-    # Equal blocks share one compilation, which takes seconds instead of a minute. Blocks that differ (in width, or in a
-    # drop path rate that grows with depth) need one each: allow that instead of falling back to eager after eight, and
-    # keep the sizes of the stages apart instead of compiling once for all of them.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
-    for block in blocks:
-        block.compile(dynamic=False)
 
 
 def _metrics(classes: int) -> MetricCollection:

@@ -1,0 +1,54 @@
+"""What makes training steps fast without changing what they compute: compilation and CUDA graphs."""
+
+import torch
+from torch import Tensor, nn
+
+
+def compile_in_place(backbone: nn.Module) -> None:
+    """torch.compile of every block of `backbone`, wherever it has `blocks`, or else of the whole; keys stay."""
+    owners = [getattr(module, "blocks", None) for module in backbone.modules()]
+    blocks = [block for owner in owners if isinstance(owner, (nn.ModuleList, nn.Sequential)) for block in owner]
+    if len(blocks) < 2:
+        backbone.compile()
+        return
+    # Equal blocks share one compilation, which takes seconds instead of a minute. Blocks that differ (in width, or in a
+    # drop path rate that grows with depth) need one each: allow that instead of falling back to eager after eight, and
+    # keep the sizes of the stages apart instead of compiling once for all of them.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+class TrainingGraph:
+    """Forward and backward of a backbone as two CUDA graphs, replayed for images of the shape they were made for.
+
+    The hundreds of kernels of a small network take the host longer to launch than the GPU to run; a replay is one
+    launch. Images of another shape (a batch with an unreadable image) take the ordinary way. Random layers draw from
+    torch's CUDA generator, so that what seeds it decides, as without graphs.
+
+    Args:
+        backbone: on a CUDA device, in training mode; its parameters stay where they are as long as this is in use.
+        images: float (B, C, H, W), a batch such as will come, in the layout in which it will come.
+    """
+
+    def __init__(self, backbone: nn.Module, images: Tensor):
+        buffers = [buffer.clone() for buffer in backbone.buffers()]
+        self._backbone, self._shape, self._eager = backbone, images.shape, backbone.forward
+        # Casts kept from one call to the next would point at memory that the graph does not own.
+        amp = torch.is_autocast_enabled("cuda")
+        with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=amp, cache_enabled=False):
+            torch.cuda.make_graphed_callables(backbone, (images,), allow_unused_input=True)
+        self._graphed = backbone.forward
+        backbone.forward = self._forward  # type: ignore[method-assign]
+        # Making the graphs ran the network a few times: its running statistics have not seen those.
+        for buffer, before in zip(backbone.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        return (self._graphed if images.shape == self._shape else self._eager)(images)
+
+    def release(self) -> None:
+        """Gives the backbone its own forward and the graphs' memory back."""
+        del self._backbone.forward
+        del self._graphed
