@@ -88,7 +88,8 @@ def draw(records: list[dict], path: Path) -> None:
     for record in ordered:
         size = record["img_size"] if isinstance(record["img_size"], list) else [record["img_size"]]
         attn = f", {record['attn']}" if record.get("attn") else ""
-        names.append(f"{record['backbone']}{attn}\n{size[-1]} px, patch {record.get('patch_size') or '-'}")
+        patch = f", patch {record['patch_size']}" if record.get("patch_size") else ""
+        names.append(f"{record['backbone']}{attn}\n{size[-1]} px{patch}")
     values = [100 * record["test"]["top1"] for record in ordered]
     bars = axes.barh(names, values, color="#3b6ea5", height=0.6)
     labels = [
@@ -99,10 +100,9 @@ def draw(records: list[dict], path: Path) -> None:
     axes.set(xlim=(0, 105), xlabel="top-1 on the 10,000 test images, %")
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    seconds = max(record["train_seconds"] for record in ordered)
-    figure.suptitle(
-        f"CIFAR-10 (JPEG) from scratch, {seconds:.0f} s of training on {ordered[0]['hardware']}", fontsize=10
-    )
+    low, high = (round(pick(record["train_seconds"] for record in ordered)) for pick in (min, max))
+    seconds = f"{low}" if low == high else f"{low} to {high}"
+    figure.suptitle(f"CIFAR-10 (JPEG) from scratch, {seconds} s of training on {ordered[0]['hardware']}", fontsize=10)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path)
 

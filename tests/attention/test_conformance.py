@@ -274,6 +274,10 @@ def test_unknown_names_and_options_help():
         create_attention("softmax", DIM, num_heads=5)
     with pytest.raises(UsageError, match="window_size"):
         create_attention("window", DIM, window_size=0)
+    with pytest.raises(UsageError, match="window_size"):
+        create_attention("window", DIM, window_size=2.5)
+    with pytest.raises(UsageError, match="stripe_width"):
+        create_attention("cross_window", DIM, stripe_width=(3, 5))
     with pytest.raises(UsageError, match="smaller than the window"):
         create_attention("shifted_window", DIM, window_size=4, shift_size=4)
     with pytest.raises(ValueError, match=r"do not fill a grid"):

@@ -183,7 +183,7 @@ def test_every_entry_of_the_authors_file_finds_its_place(name):
 def goldens():
     paths = sorted(GOLDEN.glob("flatten_*.json")) if GOLDEN.is_dir() else []
     return paths or [
-        pytest.param(None, marks=pytest.mark.skip(reason="the recorded answers (shared/golden) are absent"))
+        pytest.param(None, marks=pytest.mark.skip(reason="the recorded answers of the authors' networks are absent"))
     ]
 
 

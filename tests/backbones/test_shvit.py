@@ -137,7 +137,7 @@ def test_matrices_load_as_convolutions():
 def goldens():
     paths = sorted(GOLDEN.glob("shvit_*.json")) if GOLDEN.is_dir() else []
     return paths or [
-        pytest.param(None, marks=pytest.mark.skip(reason="the recorded answers (shared/golden) are absent"))
+        pytest.param(None, marks=pytest.mark.skip(reason="the recorded answers of the authors' networks are absent"))
     ]
 
 

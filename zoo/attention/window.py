@@ -156,8 +156,8 @@ class _Windowed(Attention):
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> Grid:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < 1:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
         raise UsageError(f"{name}={value!r}: give a positive number or a pair of them (height, width)")
     return pair
 
@@ -344,7 +344,9 @@ class CrossWindowAttention(_Windowed):
             if heads % 2:
                 raise UsageError(f"cross_window halves the heads, but num_heads={heads} is odd")
             options["num_heads"] = heads // 2
-        self.stripe_width = _pair("stripe_width", stripe_width)[0]
+        if not isinstance(stripe_width, int) or stripe_width < 1:
+            raise UsageError(f"stripe_width={stripe_width!r}: give a positive whole number")
+        self.stripe_width = stripe_width
         stripes = ((grid_size[0], self.stripe_width), (self.stripe_width, grid_size[1]))
         self.branches = nn.ModuleList(
             create_attention(inner, dim, grid_size=stripe, num_prefix_tokens=num_prefix_tokens, **options)

@@ -25,7 +25,10 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, (pickle.UnpicklingError, EOFError)):
             raise
-        trust = "If you trust its origin, turn it into safetensors: python tools/convert_checkpoint.py FILE --trust"
+        trust = (
+            "If you trust its origin, turn it into safetensors: python tools/convert_checkpoint.py FILE --trust "
+            "(in the project's repository)"
+        )
         # What torch says of bytes that are no pickle of its own, a web page for instance.
         if isinstance(cause, EOFError) or "Unsupported operand" in str(cause):
             raise UsageError(

@@ -59,6 +59,7 @@ def settings_of(checkpoint: Path) -> dict[str, Any]:
     """
     import torch
 
+    from zoo.tasks.plain import plain
     from zoo.tasks.weights import read_file
 
     content = read_file(checkpoint)
@@ -69,7 +70,7 @@ def settings_of(checkpoint: Path) -> dict[str, Any]:
         ("model", "hyper_parameters", "zoo.tasks.Classification"),
         ("data", "datamodule_hyper_parameters", "zoo.data.ImageClassification"),
     ):
-        values = {k: _plain(v) for k, v in content[stored].items() if not k.startswith("_")}
+        values = {k: plain(v) for k, v in content[stored].items() if not k.startswith("_")}
         settings[key] = {"class_path": content[stored].get("_class_path") or default, "init_args": values}
     for section, key in (("model", "class_names"), ("model", "img_size"), ("model", "in_chans"), ("data", "seed")):
         settings[section]["init_args"].pop(key, None)
@@ -90,14 +91,6 @@ def _precision(checkpoint: Path) -> str | None:
         return None
     trainer = check_yaml(folder / "config.yaml").get("trainer") or {}
     return trainer.get("precision")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return value
 
 
 def _closing(command: str, trainer: Any, checkpoint: Path, folder: Path) -> str:

@@ -209,8 +209,9 @@ class ImageClassification(LightningDataModule):
         if self.hparams.dataset:
             source = self._named(split, training=False)
             own, theirs = self._open_train()[0], getattr(source, "class_to_idx", None)
-            if theirs and theirs != (getattr(own, "class_to_idx", None) or theirs):
-                odd = ", ".join(sorted(set(theirs) ^ set(getattr(own, "class_to_idx", None) or ()))[:10])
+            ours = getattr(own, "class_to_idx", None) or theirs
+            if theirs and theirs != ours:
+                odd = ", ".join(sorted(set(theirs) ^ set(ours))[:10])
                 raise UsageError(
                     f"split {split!r} of {self.hparams.dataset!r} has other classes than train (differing: {odd}); "
                     "give the folders themselves as --data.root, without --data.dataset"

@@ -199,9 +199,11 @@ def share_of(source: Source, share: float) -> tuple[list[int], list[int]]:
     """
     labels = source.targets or [source.load(index, 3)[1] for index in range(len(source))]
     generator = torch.Generator().manual_seed(0)
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        members.setdefault(label, []).append(index)
     kept, held = [], []
-    for label in sorted(set(labels)):
-        numbers = [index for index, other in enumerate(labels) if other == label]
+    for _, numbers in sorted(members.items()):
         count = max(1, round(share * len(numbers)))
         if count >= len(numbers):
             raise UsageError(

@@ -129,7 +129,7 @@ class Predictor:
         try:
             import onnxruntime
         except ImportError as error:
-            raise PredictorError("this needs onnxruntime: pip install onnxruntime") from error
+            raise PredictorError("this needs onnxruntime: pip install onnxruntime (zoo: attnzoo[export])") from error
         available = onnxruntime.get_available_providers()
         if providers is None:
             providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]

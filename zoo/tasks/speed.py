@@ -1,5 +1,7 @@
 """What makes training steps fast without changing what they compute: compilation and CUDA graphs."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,8 @@ class TrainingGraph:
     def __init__(self, backbone: nn.Module, images: Tensor):
         buffers = [buffer.clone() for buffer in backbone.buffers()]
         self._backbone, self._shape, self._eager = backbone, images.shape, backbone.forward
+        # The graphs keep their gradients' nodes, made on another stream, for good: to torch that looks like a leak.
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
         # Casts kept from one call to the next would point at memory that the graph does not own.
         amp = torch.is_autocast_enabled("cuda")
         with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), enabled=amp, cache_enabled=False):

@@ -34,7 +34,8 @@ def read_file(path: str | Path) -> Any:
         if "GLOBAL" in str(error) or "Unsupported" in str(error):
             raise UsageError(
                 f"{path} pickles more than tensors and plain values, and opening it could run code; it is refused. "
-                "If you trust where it comes from, store its state_dict as safetensors and use that file."
+                "If you trust where it comes from, turn it into safetensors: python tools/convert_checkpoint.py FILE "
+                "--trust (in the project's repository)"
             ) from error
         raise UsageError(f"{path} is damaged or no file of weights: {_first_line(error)}") from error
     except OSError as error:
