@@ -19,7 +19,15 @@ def compile_in_place(backbone: nn.Module) -> None:
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
     for block in blocks:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, options=_options(block))
+
+
+def _options(block: nn.Module) -> dict[str, bool] | None:
+    # Up to torch 2.13 the gradient of a parameter (1, 1, C), which one kernel sums beside a sum over channels, comes
+    # back as (C,), and autograd refuses it: pytorch issue 178080. The kernel gains little, so such blocks go without.
+    mended = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 14)
+    has_such = any(parameter.ndim > 1 and parameter.shape[0] == 1 for parameter in block.parameters())
+    return {"triton.mix_order_reduction": False} if has_such and not mended else None
 
 
 class TrainingGraph:
