@@ -9,6 +9,7 @@ from torch import nn
 
 from zoo import list_attentions
 from zoo.catalogue import attentions_in, backbone_facts, count_macs, list_backbones, match
+from zoo.published import PUBLISHED_TOP1
 from zoo.resources import recipes
 
 
@@ -40,12 +41,20 @@ def test_macs_count_products_of_convolutions_and_groups():
 def test_info_of_every_backbone(zoo, name):
     shown = zoo("info", name)
     assert shown.status == 0, shown.err
-    parameters = sum(p.numel() for p in timm.create_model(name).parameters())
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in timm.create_model(name).parameters())
     assert f"{parameters / 1e6:.2f} M" in shown.out
     assert re.search(r"multiply-adds +\d+\.\d\d G", shown.out)
-    for fact in ("paper", "licence", "input", "attention"):
+    for fact in ("paper", "licence", "input", "attention", "published top-1 %"):
         assert re.search(rf"^{fact} +(?!not recorded)\S", shown.out, re.MULTILINE), fact
     assert "arXiv" in shown.out
+
+
+def test_published_accuracies_belong_to_networks_that_exist(zoo):
+    assert set(PUBLISHED_TOP1) <= set(list_backbones())
+    shown = zoo("list", "backbones", "zoo_shvit_s3")
+    assert re.search(r"zoo_shvit_s3 .* 77\.4 ", shown.out)  # the authors' table
+    assert "none recorded" in zoo("info", "zoo_vit_tiny_cb_patch16_224").out
 
 
 def test_attention_inside_a_network_is_named():

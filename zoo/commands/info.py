@@ -31,6 +31,7 @@ def run(command: str, arguments: list[str]) -> None:
 
 def _backbone(name: str) -> list[tuple[str, str]]:
     from zoo.catalogue import backbone_facts
+    from zoo.published import published_top1
 
     found = backbone_facts(name)
     channels, height, width = found.input_size
@@ -41,6 +42,7 @@ def _backbone(name: str) -> list[tuple[str, str]]:
         ("input", f"{channels} x {height} x {width}"),
         ("attention", ", ".join(found.attention) or "not exchangeable"),
         ("paper", found.paper or "not recorded"),
+        ("published top-1 %", published_top1(name, "none recorded")),
         ("licence", found.licence or "not recorded"),
         ("weights", found.weights),
     ]

@@ -35,8 +35,14 @@ def run(command: str, arguments: list[str]) -> None:
 
 def _backbones(pattern: str | None) -> Table:
     from zoo.catalogue import list_backbones, short_facts
+    from zoo.published import published_top1
 
-    return ("backbone", "paper", "input", "licence"), [(name, *short_facts(name)) for name in list_backbones(pattern)]
+    columns = ("backbone", "paper", "input", "published top-1 %", "licence")
+    rows = []
+    for name in list_backbones(pattern):
+        paper, size, licence = short_facts(name)
+        rows.append((name, paper, size, published_top1(name), licence))
+    return columns, rows
 
 
 def _attentions(pattern: str | None) -> Table:
