@@ -3,10 +3,21 @@
 import importlib
 
 from zoo import backbones, kernels
+
+# At once, not lazily: a submodule imported first would take the name of its function.
+from zoo.accelerate import accelerate
 from zoo.attention import attention_spec, create_attention, list_attentions, register_attention
 
 __version__ = "0.1.0"
-__all__ = ["attention_spec", "backbones", "create_attention", "kernels", "list_attentions", "register_attention"]
+__all__ = [
+    "accelerate",
+    "attention_spec",
+    "backbones",
+    "create_attention",
+    "kernels",
+    "list_attentions",
+    "register_attention",
+]
 
 # Rooms that pull in lightning, onnx or albumentations load on first use, so that `import zoo` stays light.
 _LAZY = ("data", "export", "tasks")
