@@ -24,6 +24,7 @@ QUICK = (
     "zoo_shvit_s1",
     "zoo_uniformer_small_tl",
     "zoo_uniformer_xxs",
+    "zoo_attention_resnet50",
 )
 # Shallow, so that the whole registry fits in minutes; the first pattern that matches counts.
 SHALLOW = {
@@ -36,6 +37,7 @@ NARROW = {
     "zoo_vit_*": {"patch_size": 8, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2.0},
     "zoo_shvit_*": {"embed_dims": (16, 24, 32), "partial_dims": (4, 6, 7)},
     "zoo_uniformer_*": {"embed_dims": (8, 16, 24, 32), "head_dim": 8},
+    "zoo_attention_*": {"stem_dims": (8,), "widths": (8, 8, 16, 16), "expansion": 2.0, "num_heads": (2, 2, 2, 2)},
 }
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in timm.list_models("zoo_*")]
 each = pytest.mark.parametrize("name", NAMES)
@@ -76,11 +78,29 @@ OTHER = {
     "conv_stem": {"zoo_uniformer_*plus*": False, "zoo_uniformer_x*": False, "*": True},
     "conv_down": {"zoo_uniformer_*plus*": False, "*": True},
     "aux_head": {"*_tl": False, "zoo_uniformer_large_ls": False, "*": True},
+    "stem_dims": (16,),
+    "widths": (16, 32, 48, 64),
+    "expansion": 0.75,
+    "value_ratio": 0.5,
+    "mixers": ("conv", "conv", "conv", "conv"),
+    "mixer_options": {
+        "zoo_halonet*": {"halo": {"halo_size": 1}},
+        "zoo_lambda_*": {"lambda": {"kernel_size": 5}},
+        "*": {"softmax": {"qkv_bias": False}},
+    },
+    "avg_down": {"zoo_lambda_resnet26t": True, "zoo_lambda_*": False, "*": True},
+    "se": {f"zoo_lambda_resnet{layers}": False for layers in (101, 152, 200)} | {"*": True},
+    "final_dim": 40,
     "partial_dims": (4, 8, 8),
     "qk_dim": 8,
     "class_token": False,
     "attn": "uniform",
-    "attn_options": {"zoo_shvit_*": {"qk_dim": 8}, "*": {"qkv_bias": False}},
+    "attn_options": {
+        "zoo_shvit_*": {"qk_dim": 8},
+        "zoo_halonet*": {"halo_size": 1},
+        "zoo_lambda_*": {"dim_key": 8},
+        "*": {"qkv_bias": False},
+    },
     "cb": {"zoo_vit_*_cb_*": "cbs", "vit": "cb"},
     "norm_layer": torch.nn.Identity,
     "act_layer": torch.nn.ReLU,
@@ -88,7 +108,12 @@ OTHER = {
 }
 # Arguments without effect until another attention is chosen: one with a table over the whole grid, or softmax.
 IDLE = {
-    "img_size": ("zoo_pvt_v2_*", "zoo_swin_*", "zoo_cswin_*", "zoo_flatten_*", "zoo_shvit_*", "zoo_uniformer_*"),
+    "img_size": (
+        *("zoo_pvt_v2_*", "zoo_swin_*", "zoo_cswin_*", "zoo_flatten_*", "zoo_shvit_*", "zoo_uniformer_*"),
+        *("zoo_attention_*", "zoo_halonet*", "zoo_lambda_*"),
+    ),
+    # There is no block that mixes with a convolution.
+    "se": ("zoo_halonet_*", "zoo_lambda_resnet50"),
     "attn_drop_rate": ("zoo_flatten_pvt_*",),
     "sr_ratios": ("zoo_flatten_pvt_*",),
 }

@@ -17,6 +17,7 @@ QUICK = (
     "zoo_flatten_pvt_v2_b0",
     "zoo_shvit_s1",
     "zoo_uniformer_xxs",
+    "zoo_attention_resnet50",
 )
 STEPS = 59
 
