@@ -385,7 +385,7 @@ def test_evaluation_counts_what_plain_arithmetic_counts(tiny, tmp_path):
     assert result["test/class_mean"] == pytest.approx(sum(per_class) / 3, abs=1e-6)
     assert task.test_per_class.compute().tolist() == pytest.approx(per_class, abs=1e-6)
     assert result["test/loss"] == pytest.approx(float(F.cross_entropy(logits, targets)), rel=1e-5)
-    predicted = torch.cat(trainer.predict(task, DataLoader(tiny.Images(11), 4)))
+    predicted = torch.cat(trainer.predict(task, DataLoader(tiny.Images(11), batch_size=4)))
     torch.testing.assert_close(predicted, logits.softmax(1).float(), atol=1e-5, rtol=1e-4)
 
 
