@@ -17,10 +17,13 @@ from zoo.kernels.dispatch import Op
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
-# Tensors for every op of the registry; a new op without an entry fails here.
+# Tensors for every op of the registry, and what follows them; a new op without an entry fails here.
 SAMPLES = {
     "context_broadcast": lambda: (torch.randn(2, 5, 3), torch.randn(3)),
+    "halo_attention": lambda: (*torch.randn(3, 2, 5, 6, 2, 4), *torch.randn(2, 15, 4)),
+    "lambda_attention": lambda: (torch.randn(2, 12, 9, 2, 4), torch.randn(2, 12, 9, 1, 3), torch.randn(3, 3, 4, 1)),
 }
+FIXED: dict[str, tuple] = {"halo_attention": (4, 2, 0.5)}
 
 scripting_is_old = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning"
@@ -109,13 +112,13 @@ def test_every_op_obeys_the_contract_on_the_cpu(name):
     assert name in kernels.__all__
     function, tensors = getattr(kernels, name), SAMPLES[name]()
     assert inspect.signature(function).parameters["impl"].default == "auto"
-    want = dispatch.OPS[name].reference(*tensors)
-    assert torch.equal(function(*tensors), want)
-    assert torch.equal(function(*tensors, impl="reference"), want)
+    want = dispatch.OPS[name].reference(*tensors, *FIXED.get(name, ()))
+    assert torch.equal(function(*tensors, *FIXED.get(name, ())), want)
+    assert torch.equal(function(*tensors, *FIXED.get(name, ()), impl="reference"), want)
     with pytest.raises(RuntimeError, match=f"in {name} the tensor is on cpu"):
-        function(*tensors, impl="triton")
+        function(*tensors, *FIXED.get(name, ()), impl="triton")
     with pytest.raises(ValueError, match="impl='fast'"):
-        function(*tensors, impl="fast")
+        function(*tensors, *FIXED.get(name, ()), impl="fast")
 
 
 @pytest.mark.parametrize("name", dispatch.OPS)
@@ -125,7 +128,7 @@ def test_every_graph_takes_the_reference(name):
 
     class Net(torch.nn.Module):
         def forward(self, *given):
-            return getattr(kernels, name)(*given)
+            return getattr(kernels, name)(*given, *FIXED.get(name, ()))
 
     graphs = {
         "compile": torch.compile(Net(), fullgraph=True, backend="aot_eager"),
@@ -140,14 +143,15 @@ def test_every_graph_takes_the_reference(name):
 
     class Fixed(torch.nn.Module):  # a traced forward has a fixed number of arguments
         def forward(self, x):
-            return getattr(kernels, name)(x, *tensors[1:])
+            return getattr(kernels, name)(x, *tensors[1:], *FIXED.get(name, ()))
 
     traced = torch.fx.symbolic_trace(Fixed())
     assert not [node for node in traced.graph.nodes if "zoo" in str(node.target)]
-    want = dispatch.OPS[name].reference(*tensors)
+    want = dispatch.OPS[name].reference(*tensors, *FIXED.get(name, ()))
     assert torch.equal(traced(tensors[0]), want)
     for kind, graph in graphs.items():
-        assert torch.equal(graph(*tensors), want), kind
+        given = tensors + FIXED.get(name, ()) if kind == "script" else tensors
+        assert torch.equal(graph(*given), want), kind
 
 
 @scripting_is_old
@@ -155,7 +159,7 @@ def test_every_graph_takes_the_reference(name):
 def test_torchscript_refuses_an_explicit_kernel(name):
     scripted = torch.jit.script(getattr(kernels, name))
     with pytest.raises(Exception, match="TorchScript takes the reference"):
-        scripted(*SAMPLES[name](), impl="triton")
+        scripted(*SAMPLES[name](), *FIXED.get(name, ()), impl="triton")
 
 
 @pytest.mark.gpu
@@ -165,7 +169,7 @@ def test_torchscript_refuses_an_explicit_kernel(name):
 def test_export_on_the_gpu_takes_the_reference(name, strict):
     class Net(torch.nn.Module):
         def forward(self, *given):
-            return getattr(kernels, name)(*given)
+            return getattr(kernels, name)(*given, *FIXED.get(name, ()))
 
     tensors = tuple(tensor.cuda() for tensor in SAMPLES[name]())
     exported = torch.export.export(Net(), tensors, strict=strict)

@@ -1,5 +1,7 @@
 """Tensor functions: each has a reference in plain torch, the definition of correct, and a fast implementation."""
 
 from zoo.kernels.context_broadcast.api import context_broadcast
+from zoo.kernels.halo_attention.api import halo_attention
+from zoo.kernels.lambda_attention.api import lambda_attention
 
-__all__ = ["context_broadcast"]
+__all__ = ["context_broadcast", "halo_attention", "lambda_attention"]

@@ -1,0 +1,1 @@
+"""Position lambdas, applied to queries."""
