@@ -17,8 +17,6 @@ from torch import nn
 import zoo
 from zoo.layers.timm_attention import FastBottleneckAttn, FastHaloAttn, FastLambdaLayer
 
-pytestmark = pytest.mark.skipif(not hasattr(zoo.kernels, "lambda_attention"), reason="the ops are on their way")
-
 FAST = (FastHaloAttn, FastLambdaLayer, FastBottleneckAttn)
 
 # Name -> an image that timm's blocks divide at every stage, and that leaves some pixels to the norms of the last.

@@ -53,7 +53,7 @@ def _halo(
 ) -> Tensor:
     queries = _pixels(q).unflatten(-1, (num_heads, dims[0]))
     keys, values = _pixels(kv).unflatten(-1, (num_heads, dims[0] + dims[1])).split(dims, dim=-1)
-    out = kernels.halo_attention(  # type: ignore[attr-defined]
+    out = kernels.halo_attention(
         queries, keys, values, height_rel, width_rel, block, halo, scale, stride=stride, scale_rel=scale_rel, mask=False
     )
     return _map(out)
@@ -105,7 +105,7 @@ def _lambda_global(q: Tensor, k: Tensor, v: Tensor, table: Tensor, resize: Table
 def _lambda(q: Tensor, k: Tensor, v: Tensor, table: Tensor, bias: Tensor | None, num_heads: int) -> Tensor:
     queries = _pixels(q).unflatten(-1, (num_heads, -1))
     values = _pixels(v)
-    position = kernels.lambda_attention(queries, values.unsqueeze(3), table)  # type: ignore[attr-defined]
+    position = kernels.lambda_attention(queries, values.unsqueeze(3), table)
     # Over positions, in float32 at least.
     keys = k.flatten(2).softmax(dim=-1, dtype=torch.promote_types(k.dtype, torch.float32)).to(v.dtype)
     content = keys @ values.flatten(1, 2)
