@@ -23,8 +23,12 @@ ALLOWED = {
     "data": set(),
     "tasks": {"data", "metrics", "heads", "features", "backbones"},
     "export": {"tasks"},
+    "published": set(),
     "catalogue": {"backbones", "attention"},
-    "commands": {"cli", "catalogue", "tasks", "data", "export", "attention", "backbones", "heads", "metrics"},
+    "commands": {
+        *("cli", "catalogue", "published", "tasks", "data", "export"),
+        *("attention", "backbones", "heads", "metrics"),
+    },
     "cli": {"commands"},
     "__init__": {
         *("accelerate", "attention", "backbones", "kernels"),

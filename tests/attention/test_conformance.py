@@ -30,16 +30,19 @@ CASES = [(name, {}) for name in list_attentions()] + [
     ("window", {"inner": "local_relation"}),
     ("cross_window", {"inner": "local_relation"}),
     ("shifted_window", {"inner": "single_head", "window_size": 5}),
+    ("halo", {"preset": "lucidrains", "block_size": 5}),
+    ("halo", {"block_size": 4, "halo_size": 1, "stride": 2}),
+    ("halo", {"block_size": 3, "stride": 2}),
+    ("lambda", {"intra_depth": 2, "kernel_size": 3, "stride": 2}),
+    ("lambda", {"kernel_size": None, "num_heads": 2, "proj": False}),
 ]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in CASES]
 each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 
 # Another value for every option; a float that dropout uses is compared in training.
 OTHER = {
-    "num_heads": 4,
+    "num_heads": 2,
     "dim_out": 16,
-    "qkv_bias": False,
-    "qk_norm": True,
     "sr_ratio": 2,
     "lepe": 3,
     "focusing_factor": 2,
@@ -48,18 +51,27 @@ OTHER = {
     "qk_dim": 8,
     "attn_drop": 0.5,
     "proj_drop": 0.5,
-    "proj": False,
+    "block_size": 4,
+    "halo_size": 1,
+    "stride": 2,
+    "dim_head": 3,
+    "qk_ratio": 0.5,
+    "preset": "lucidrains",
+    "mask": False,
+    "scale_rel": True,
+    "kv_by_head": False,
+    "dim_key": 8,
+    "intra_depth": 2,
     "inner": "uniform",
     "inner_options": {"qkv_bias": False},
     "window_size": 3,
     "shift_size": 1,
-    "rel_pos_bias": True,
     "stripe_width": 2,
 }
 # Rows of weights that may sum to less than 1: a small number in the normaliser. Their own tests say by how much.
 FALL_SHORT = {"focused_linear"}
 # Affinities of any sign and sum.
-SIGNED = {"local_relation"}
+SIGNED = {"local_relation", "lambda"}
 
 
 def build(name, options, **framework):
@@ -103,7 +115,11 @@ def test_tables_follow_the_grid(name, options):
             table = torch.randn(state[key].shape, generator=torch.Generator().manual_seed(7))
             state[key] = table
             small.load_state_dict({key: table}, strict=False)
-            state[key] = timm.layers.resample_abs_pos_embed(table, [7, 13], [7, 7], num_prefix_tokens=0)
+            if table.ndim == 4:  # a table of offsets, (2 * 7 - 1, 2 * 7 - 1, ...)
+                rows = timm.layers.resample_abs_pos_embed(table.view(1, 169, -1), [13, 25], [13, 13], 0)
+                state[key] = rows.view(value.shape)
+            else:
+                state[key] = timm.layers.resample_abs_pos_embed(table, [7, 13], [7, 7], num_prefix_tokens=0)
     large.load_state_dict(state, strict=True)
     x = tokens((7, 13))
     # The same arithmetic on both sides, up to where the resize happens: float32 noise.
@@ -191,7 +207,8 @@ def test_attention_map_rows_are_weights(name, options):
         attention = build(name, options, num_prefix_tokens=prefix)
         weights = attention.attention_map(tokens(grid, prefix), grid)
         assert weights.shape[0] == 2
-        assert weights.shape[2] == prefix + grid[0] * grid[1]
+        rows, columns = attention.out_grid(grid)
+        assert weights.shape[2:] == (prefix + rows * columns, weights.shape[3])
         sums = weights.sum(-1)
         if {name, options.get("inner")} & SIGNED:
             continue
@@ -243,10 +260,12 @@ def test_scripts_copies_and_pickles(name, options):
 def test_every_option_changes_something(name):
     grid = (7, 13)
     spec = attention_spec(name)
-    assert set(spec.options) <= set(OTHER), "give each new option another value in OTHER"
+    plain = {key for key, default in spec.options.items() if not isinstance(default, bool)}
+    assert plain <= set(OTHER), "give each new option another value in OTHER"
     base = build(name, {})
     for option in spec.options:
-        other = build(name, {option: OTHER[option]})
+        default = spec.options[option]
+        other = build(name, {option: (not default) if isinstance(default, bool) else OTHER[option]})
         same_state = {key: p.shape for key, p in base.named_parameters()} == {
             key: p.shape for key, p in other.named_parameters()
         }

@@ -2,6 +2,8 @@
 
 from zoo.attention.base import Attention
 from zoo.attention.focused_linear import FocusedLinearAttention
+from zoo.attention.halo import HaloAttention
+from zoo.attention.lambda_layer import LambdaAttention
 from zoo.attention.local_relation import LocalRelationAttention
 from zoo.attention.registry import (
     AttentionSpec,
@@ -21,6 +23,8 @@ __all__ = [
     "AttentionSpec",
     "CrossWindowAttention",
     "FocusedLinearAttention",
+    "HaloAttention",
+    "LambdaAttention",
     "LocalRelationAttention",
     "ShiftedWindowAttention",
     "SingleHeadAttention",

@@ -209,7 +209,7 @@ class ImageClassification(LightningDataModule):
         if self.hparams.dataset:
             source = self._named(split, training=False)
             own, theirs = self._open_train()[0], getattr(source, "class_to_idx", None)
-            ours = getattr(own, "class_to_idx", None) or theirs
+            ours: Any = getattr(own, "class_to_idx", None) or theirs
             if theirs and theirs != ours:
                 odd = ", ".join(sorted(set(theirs) ^ set(ours))[:10])
                 raise UsageError(
