@@ -25,6 +25,8 @@ QUICK = (
     "zoo_uniformer_small_tl",
     "zoo_uniformer_xxs",
     "zoo_attention_resnet50",
+    "zoo_halonet_h0",
+    "zoo_lambda_resnet50",
 )
 # Shallow, so that the whole registry fits in minutes; the first pattern that matches counts.
 SHALLOW = {
@@ -33,11 +35,14 @@ SHALLOW = {
     "zoo_uniformer_x*": {"depths": (1, 1, 2, 1)},
     "*": {"depths": (1, 1, 1, 1)},
 }
+NARROW_RESNET = {"stem_dims": (8,), "widths": (8, 8, 16, 16), "expansion": 2.0, "num_heads": (2, 2, 2, 2)}
 NARROW = {
     "zoo_vit_*": {"patch_size": 8, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2.0},
     "zoo_shvit_*": {"embed_dims": (16, 24, 32), "partial_dims": (4, 6, 7)},
     "zoo_uniformer_*": {"embed_dims": (8, 16, 24, 32), "head_dim": 8},
-    "zoo_attention_*": {"stem_dims": (8,), "widths": (8, 8, 16, 16), "expansion": 2.0, "num_heads": (2, 2, 2, 2)},
+    "zoo_attention_*": NARROW_RESNET,
+    "zoo_halonet_*": {**NARROW_RESNET, "mixer_options": {"halo": {"block_size": 4, "halo_size": 2}}},
+    "zoo_lambda_*": {**NARROW_RESNET, "mixer_options": {"lambda": {"kernel_size": 7}}},
 }
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in timm.list_models("zoo_*")]
 each = pytest.mark.parametrize("name", NAMES)

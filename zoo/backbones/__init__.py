@@ -3,6 +3,8 @@
 from zoo.backbones import (
     attention_resnet,
     cswin,
+    halonet,
+    lambda_resnet,
     pvt,
     pvt_v2,
     shvit,
@@ -16,6 +18,8 @@ from zoo.backbones import (
 __all__ = [
     "attention_resnet",
     "cswin",
+    "halonet",
+    "lambda_resnet",
     "pvt",
     "pvt_v2",
     "shvit",

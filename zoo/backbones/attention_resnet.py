@@ -155,6 +155,8 @@ class AttentionResNet(StagedNetwork):
                     "dim_head": width // num_heads[stage],
                     "dim_out": int(width * value_ratio),
                     "stride": stride,
+                    # The block's last convolution projects what attention answers.
+                    "proj": False,
                     **(mixer_options or {}).get(name, {}),
                 }
                 # The first block of a strided stage still sees the map of the stage before.
@@ -290,6 +292,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         r"\.conv2_kxk\.": ".mixer.",
         r"\.self_attn\.": ".mixer.attn.",
         r"\.post_attn\.": ".mixer.bn.",
+        r"\.conv_lambda\.weight$": ".pos_emb",
+        r"\.conv_lambda\.bias$": ".pos_bias",
         r"\.conv2\.(?=weight)": ".mixer.conv.",
         r"\.bn2\.": ".mixer.bn.",
         r"\.conv([13])\.(?=weight)": r".conv\1.conv.",
@@ -298,7 +302,9 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         r"\.downsample\.1\.": ".shortcut.bn.",
         r"^(?:head\.fc|fc)\.": "head.",
     }
-    return rename(unwrap(state_dict), rules)
+    state = rename(unwrap(state_dict), rules)
+    # timm's is the kernel of a three-dimensional convolution: (k, u, r, r, 1) instead of (r, r, k, u).
+    return {key: value[..., 0].permute(2, 3, 0, 1) if value.ndim == 5 else value for key, value in state.items()}
 
 
 def cfg(**kwargs: Any) -> dict[str, Any]:
@@ -329,7 +335,10 @@ default_cfgs = generate_default_cfgs(
 
 
 def create(variant: str, pretrained: bool, own: Mapping[str, Any], **kwargs: Any) -> AttentionResNet:
-    """A network through timm: its own arguments, under the user's."""
+    """A network through timm: its own arguments, under the user's; of `mixer_options` also each mechanism's."""
+    mixers = {name: dict(options) for name, options in own.get("mixer_options", {}).items()}
+    for name, options in (kwargs.pop("mixer_options", None) or {}).items():
+        mixers[name] = {**mixers.get(name, {}), **options}
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
     return build(
         AttentionResNet,
@@ -337,7 +346,7 @@ def create(variant: str, pretrained: bool, own: Mapping[str, Any], **kwargs: Any
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **{**own, **kwargs},
+        **{**own, "mixer_options": mixers, **kwargs},
     )
 
 
