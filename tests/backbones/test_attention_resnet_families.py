@@ -197,3 +197,22 @@ def test_odd_sizes_and_memory_stay_channels_last(name):
     assert len(maps) > 40
     # The answer of attention may be a part of a larger map in that order.
     assert [key for key, out in maps if out.stride(1) != 1] == []
+
+
+@torch.no_grad()
+def test_timms_file_loads(tmp_path):
+    theirs = randomise(timm.create_model("lambda_resnet26t", num_classes=5)).eval()
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "timm.pth")
+    overlay = {"file": str(tmp_path / "timm.pth"), "num_classes": 5}
+    ours = timm.create_model("zoo_lambda_resnet26t", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=5)
+    x = images()
+    torch.testing.assert_close(ours.eval()(x), theirs(x), **NEAR)
+
+
+def test_an_option_of_the_mechanism_leaves_the_papers_others():
+    model = empty("zoo_halonet_h3", mixer_options={"halo": {"halo_size": 1}})
+    first = model.stages[1].blocks[0].mixer.attn
+    assert (first.block_size, first.halo_size, first.stride, first.num_heads) == (10, 1, 2, 8)
+    # The family averages 3x3 places after a lambda layer that has no stride.
+    first = empty("zoo_lambda_resnet50", mixer_options={"lambda": {"kernel_size": 7}}).stages[1].blocks[0].mixer
+    assert (first.attn.pos_emb.shape[0], first.attn.stride, first.pool.kernel_size) == (7, 1, 3)

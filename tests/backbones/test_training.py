@@ -18,6 +18,7 @@ QUICK = (
     "zoo_shvit_s1",
     "zoo_uniformer_xxs",
     "zoo_attention_resnet50",
+    "zoo_lambda_resnet50",
 )
 STEPS = 59
 
