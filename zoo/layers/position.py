@@ -38,7 +38,7 @@ class TableResize(nn.Module):
     def _resize(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         old, new = [self.grid_size[0], self.grid_size[1]], [grid[0], grid[1]]
         if grid[1] == 1 and grid[0] > 1:
-            # On the CPU torch (2.11 to 2.14) resizes to one column wrongly, depending on the layout: the same table lying
+            # On the CPU torch (2.11 to 2.14) resizes to one column wrongly in some layouts: the same table lying
             # on its side becomes one row, which is right.
             first = table[:, : self.num_prefix_tokens]
             side = table[:, self.num_prefix_tokens :].unflatten(1, old).transpose(1, 2).flatten(1, 2)
