@@ -5,6 +5,10 @@ from torch import Tensor
 
 from zoo.kernels.dispatch import Op, dispatch, register
 from zoo.kernels.halo_attention import reference
+from zoo.kernels.halo_attention.sizes import cut
+
+# The most channels of a head for which a program's tiles fit into registers and shared memory.
+_WIDEST = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
 
 
 # `impl` is keyword-only by intent and not by signature: TorchScript takes no keyword-only arguments with defaults.
@@ -116,12 +120,94 @@ def _dispatched(
     return dispatch(_ENTRY, impl, q, k, v, height_rel, width_rel, block, halo, scale, stride, scale_rel, mask)
 
 
-def _triton(*tensors) -> Tensor:
-    raise RuntimeError(_unsupported(*tensors))
+def _triton(q, k, v, height_rel, width_rel, block, halo, scale, stride, scale_rel, mask) -> Tensor:
+    arguments = (q, k, v, height_rel, width_rel, block, halo, scale, stride, scale_rel, mask)
+    return torch.ops.zoo.halo_attention(*arguments)[0]
 
 
-def _unsupported(*tensors) -> str | None:
-    return "there is no kernel yet"
+def _unsupported(q, k, v, height_rel, width_rel, block, halo, scale, stride, scale_rel, mask) -> str | None:
+    if q.dtype not in _WIDEST or k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the kernel takes one of float32, bfloat16, float16"
+    widest = _WIDEST[q.dtype]
+    if max(q.shape[4], v.shape[4]) > widest:
+        return f"heads have {q.shape[4]} and {v.shape[4]} channels; in {q.dtype} the kernel takes {widest} at most"
+    if block + 2 * halo > 64:
+        return f"windows are {block + 2 * halo} keys wide, and the kernel takes 64 at most"
+    tensors = [q, k, v] if height_rel is None else [q, k, v, height_rel, width_rel]
+    if any(t.device != q.device for t in tensors):
+        return f"the tensors are on {', '.join(str(t.device) for t in tensors)}"
+    return None
 
+
+@torch.library.custom_op("zoo::halo_attention", mutates_args=(), device_types="cuda")
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height_rel: Tensor | None,
+    width_rel: Tensor | None,
+    block: int,
+    halo: int,
+    scale: float,
+    stride: int,
+    scale_rel: bool,
+    mask: bool,
+) -> tuple[Tensor, Tensor]:
+    from zoo.kernels.halo_attention import triton_impl
+
+    return triton_impl.forward(q, k, v, height_rel, width_rel, block, halo, scale, stride, scale_rel, mask)
+
+
+@_op.register_fake
+def _fake(q, k, v, height_rel, width_rel, block, halo, scale, stride, scale_rel, mask):
+    batch, height, width, heads, _ = k.shape
+    tiles, queries = cut(block // stride)
+    programs = batch * -(-height // block) * -(-width // block) * tiles * heads
+    out = v.new_empty(batch, q.shape[1], q.shape[2], heads, v.shape[4])
+    return out, v.new_empty(programs, queries, dtype=torch.float32)
+
+
+@torch.library.custom_op("zoo::halo_attention_backward", mutates_args=(), device_types="cuda")
+def _op_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height_rel: Tensor | None,
+    width_rel: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    block: int,
+    halo: int,
+    scale: float,
+    stride: int,
+    scale_rel: bool,
+    mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from zoo.kernels.halo_attention import triton_impl
+
+    sizes = (block, halo, scale, stride, scale_rel, mask)
+    return triton_impl.backward(grad, q, k, v, height_rel, width_rel, out, lse, *sizes)
+
+
+@_op_backward.register_fake
+def _fake_backward(grad, q, k, v, height_rel, width_rel, out, lse, block, halo, scale, stride, scale_rel, mask):
+    tables = [q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (height_rel, width_rel)]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *tables
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.sizes = inputs[5:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad: Tensor, _grad_lse: Tensor | None):
+    grads = torch.ops.zoo.halo_attention_backward(grad, *ctx.saved_tensors, *ctx.sizes)
+    tables = grads[3:] if ctx.saved_tensors[3] is not None else (None, None)
+    return *grads[:3], *tables, None, None, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
 
 _ENTRY = register(Op("halo_attention", reference.halo_attention, _triton, _unsupported, auto_in_compile=True))
