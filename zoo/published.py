@@ -38,6 +38,9 @@ _BY_FAMILY = {
     },
     "zoo_pvt_{}": {"tiny": 75.1, "small": 79.8, "medium": 81.2, "large": 81.7},
     "zoo_pvt_v2_{}": {"b0": 70.5, "b1": 78.7, "b2": 82.0, "b3": 83.1, "b4": 83.6},
+    "zoo_halonet_{}": {"h0": 77.9, "h1": 79.9, "h2": 80.4, "h3": 81.9, "h4": 83.3, "h5": 84.0, "h6": 84.4, "h7": 84.9},
+    "zoo_halonet{}": {"26t": 79.1},  # timm's
+    "zoo_lambda_resnet{}": {"50": 78.4, "26t": 79.1},  # the latter timm's
     "zoo_cswin_{}": {"tiny": 82.7, "small": 83.6, "base": 84.2, "base_384": 85.4},
 }
 

@@ -31,8 +31,11 @@ def halo_attention(
     if height_rel is not None and width_rel is not None:
         offsets = torch.arange(window, device=q.device) - torch.arange(side, device=q.device)[:, None] + window - 1
         gain = scale if scale_rel else 1.0
-        down = torch.einsum("byixjhd,iud->byxhiju", [queries, height_rel.to(wide)[offsets]])
-        right = torch.einsum("byixjhd,jvd->byxhijv", [queries, width_rel.to(wide)[offsets]])
+        # One product with a whole table, of which each query then takes the window's part.
+        down = (queries @ height_rel.to(wide).t()).permute(0, 1, 3, 5, 2, 4, 6)
+        right = (queries @ width_rel.to(wide).t()).permute(0, 1, 3, 5, 2, 4, 6)
+        down = torch.take_along_dim(down, offsets[None, None, None, None, :, None], dim=6)
+        right = torch.take_along_dim(right, offsets[None, None, None, None, None], dim=6)
         logits = logits + gain * (down[..., :, None] + right[..., None, :])
     border = 0 if mask else halo
     inside_y = _inside(height, rows, block, halo, border, q.device)[:, None, :, None]
