@@ -116,7 +116,7 @@ def test_halonets_have_the_published_multiply_adds(name):
     assert written_out(name, padded=True) == pytest.approx(gmacs, rel=0.02)
     assert (written_out(name, padded=False) < 0.95 * gmacs) == (name == "zoo_halonet_h7")
     counted = count_macs(empty(name), (3, side, side)) / 1e9
-    # The same products; only H7's padded maps are no whole multiple of its strided ones, which the formula takes as one.
+    # The same products; only H7's padded maps are no whole multiple of its strided ones, as the formula has it.
     assert counted == pytest.approx(written_out(name, padded=False), rel=2e-4)
     # H7's table counts maps that stay padded to whole blocks; here only attention pads.
     assert counted == pytest.approx(gmacs, rel=0.03) or name == "zoo_halonet_h7"
