@@ -224,7 +224,8 @@ def test_triton_backward_in_parts_of_the_batch_and_runs_of_blocks(triton, triton
     from zoo.kernels.halo_attention import triton_impl
 
     monkeypatch.setattr(triton_impl, "SCRATCH", 1)  # one image at a time
-    monkeypatch.setattr(triton_impl, "PROGRAMS", 1)  # 8 blocks in a program, of which the map has 4
+    tuned = triton_impl.tuning(True, 16, 16)._replace(run=3)  # blocks in a program; the map has 4
+    monkeypatch.setattr(triton_impl, "tuning", lambda *_: tuned)
     agrees(triton, tensors(5, 7, 4, 1, 1), (4, 1, 0.3), triton_device, torch.float32)
 
 

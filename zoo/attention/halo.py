@@ -161,11 +161,12 @@ class HaloAttention(Attention):
         q = self.q(x).permute(0, 2, 3, 1).unflatten(3, (self.num_heads, self.dim_head))
         kv = self.kv(x).permute(0, 2, 3, 1)
         if self.kv_by_head:
-            parts = kv.unflatten(3, (self.num_heads, self.dim_head + self.dim_value))
-            return q, parts[..., : self.dim_head], parts[..., self.dim_head :]
-        keys = self.num_heads * self.dim_head
-        k = kv[..., :keys].unflatten(3, (self.num_heads, self.dim_head))
-        return q, k, kv[..., keys:].unflatten(3, (self.num_heads, self.dim_value))
+            kv = kv.unflatten(3, (self.num_heads, self.dim_head + self.dim_value))
+            k, v = kv.split([self.dim_head, self.dim_value], dim=-1)
+            return q, k, v
+        k, v = kv.split([self.num_heads * self.dim_head, self.num_heads * self.dim_value], dim=-1)
+        k = k.unflatten(3, (self.num_heads, self.dim_head))
+        return q, k, v.unflatten(3, (self.num_heads, self.dim_value))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(B, H', W', heads, dv) of what `project` answers."""
