@@ -6,6 +6,8 @@ from torch import Tensor
 from zoo.kernels.dispatch import Op, dispatch, register
 from zoo.kernels.lambda_attention import reference
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 # `impl` is keyword-only by intent and not by signature: TorchScript takes no keyword-only arguments with defaults.
 def lambda_attention(q: Tensor, v: Tensor, table: Tensor, impl: str = "auto") -> Tensor:
@@ -62,11 +64,52 @@ def _dispatched(q: Tensor, v: Tensor, table: Tensor, impl: str) -> Tensor:
 
 
 def _triton(q: Tensor, v: Tensor, table: Tensor) -> Tensor:
-    raise RuntimeError(_unsupported(q, v, table))
+    return torch.ops.zoo.lambda_attention(q, v, table)
 
 
 def _unsupported(q: Tensor, v: Tensor, table: Tensor) -> str | None:
-    return "there is no kernel yet"
+    for name, tensor in (("q", q), ("v", v), ("the table", table)):
+        if tensor.dtype not in _DTYPES:
+            return f"{name} is {tensor.dtype}, and the kernel takes float32, bfloat16 and float16"
+        if tensor.device != q.device:
+            return f"{name} is on {tensor.device} and q on {q.device}"
+    if q.shape[3] > 16 or q.shape[4] > 64:
+        return f"there are {q.shape[3]} heads of {q.shape[4]} channels, and the kernel takes up to 16 of up to 64"
+    return None
 
+
+@torch.library.custom_op("zoo::lambda_attention", mutates_args=(), device_types="cuda")
+def _op(q: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    from zoo.kernels.lambda_attention import triton_impl
+
+    return triton_impl.forward(q, v, table)
+
+
+@_op.register_fake
+def _fake(q: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    return v.new_empty(*q.shape[:4], v.shape[4])
+
+
+@torch.library.custom_op("zoo::lambda_attention_backward", mutates_args=(), device_types="cuda")
+def _op_backward(grad: Tensor, q: Tensor, v: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from zoo.kernels.lambda_attention import triton_impl
+
+    return triton_impl.backward(grad, q, v, table)
+
+
+@_op_backward.register_fake
+def _fake_backward(grad: Tensor, q: Tensor, v: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), v.new_empty(v.shape), table.new_empty(table.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor):
+    return torch.ops.zoo.lambda_attention_backward(grad, *ctx.saved_tensors)
+
+
+_op.register_autograd(_backward, setup_context=_setup)
 
 _ENTRY = register(Op("lambda_attention", reference.lambda_attention, _triton, _unsupported, auto_in_compile=True))

@@ -3,12 +3,40 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Logits that exist at once, in an eager call on several images; they are made again in the backward pass.
+LOGITS = 2**24
+# Side of the blocks of queries that share a window of keys; where a window would hold the map, that is one block.
+BLOCK = 8
 
 
 def lambda_attention(q: Tensor, v: Tensor, table: Tensor) -> Tensor:
     """See zoo.kernels.lambda_attention."""
-    # Side of the blocks of queries that share a window of keys; where a window would hold the map, that is one block.
-    block = 8
+    if torch.jit.is_scripting():
+        return _lambda_attention(q, v, table, 8)  # BLOCK: TorchScript reads no globals
+    else:
+        return _in_chunks(q, v, table)
+
+
+@torch.jit.unused
+def _in_chunks(q: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return _lambda_attention(q, v, table, BLOCK)  # a graph of one chunk, whatever the batch
+    height, width = q.shape[1], q.shape[2]
+    window = (2 * (table.shape[0] // 2) + BLOCK) * (2 * (table.shape[1] // 2) + BLOCK)
+    logits = height * width * q.shape[3] * min(window, height * width) * v.shape[3]
+    images = max(1, LOGITS // max(1, logits))
+    if q.shape[0] <= images:
+        return _lambda_attention(q, v, table, BLOCK)
+    parts = [
+        checkpoint(_lambda_attention, *part, table, BLOCK, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(q.split(images), v.split(images), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _lambda_attention(q: Tensor, v: Tensor, table: Tensor, block: int) -> Tensor:
     height, width = q.shape[1], q.shape[2]
     reach_y, reach_x = min(table.shape[0] // 2, height - 1), min(table.shape[1] // 2, width - 1)
     down, right = table.shape[0] // 2 - reach_y, table.shape[1] // 2 - reach_x
