@@ -280,6 +280,22 @@ def test_on_the_gpu_auto_means_the_kernel_and_memory_stays_small():
     assert torch.cuda.max_memory_allocated() - before < 2**20 * 200
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_new_batch_sizes_compile_nothing(monkeypatch):
+    import triton
+
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **given: compiled.append(given["repr"]))
+    table = torch.randn(5, 5, 16, 1, device="cuda", requires_grad=True)
+    kernels = []
+    for batch in (2, 1, 3, 4, 5, 7, 8, 16, 31, 32):
+        q, v = (torch.randn(batch, 16, 16, n, 16, device="cuda", requires_grad=True) for n in (4, 1))
+        lambda_attention(q, v, table).sum().backward()
+        kernels.append(len(compiled))
+    assert kernels == [kernels[0]] * 10
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -44,7 +44,7 @@ def _outer(
         return tl.reshape(out, [A * KP, B * DP])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def values_grad(
     e_ptr,
     q_ptr,
@@ -135,7 +135,7 @@ def values_grad(
     tl.store(out_ptr, total.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "steps"])
 def table_grad(
     q_ptr,
     g_ptr,
@@ -232,7 +232,7 @@ def table_grad(
     tl.store(out_ptr, total, mask=(place < P)[:, None] & (column < N * U)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def fold(
     part_ptr,
     out_ptr,

@@ -6,7 +6,8 @@ v): dense products with no skew between offsets and places. A tile of lambdas is
 registers; triton_gradients.py holds the rest of the way back.
 
 Sizes in capitals are compile-time constants: P places of a block of rows BX wide; N places of a window of rows WX
-wide; U values of a place; HEADS; K depth of a key, padded to KP; D channels of v, padded to DP a tile.
+wide; U values of a place; HEADS; K depth of a key, padded to KP; D channels of v, padded to DP a tile. What depends on
+the batch is no constant and specialises nothing: a new batch size compiles no kernel.
 """
 
 import triton
@@ -64,7 +65,7 @@ def blocks(group, down, across, origin_y, BY: tl.constexpr, BX: tl.constexpr):
     return (group // (across * down)).to(tl.int64), y, group % across * BX
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def apply(
     e_ptr,
     v_ptr,
