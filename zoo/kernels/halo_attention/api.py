@@ -7,8 +7,8 @@ from zoo.kernels.dispatch import Op, dispatch, register
 from zoo.kernels.halo_attention import reference
 from zoo.kernels.halo_attention.sizes import cut
 
-# The most channels of a head for which a program's tiles fit into registers and shared memory.
-_WIDEST = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
+# The most channels of keys and of values in a head: a program's tiles have to fit into shared memory.
+_WIDEST = {torch.float32: (64, 128), torch.bfloat16: (128, 256), torch.float16: (128, 256)}
 
 
 # `impl` is keyword-only by intent and not by signature: TorchScript takes no keyword-only arguments with defaults.
@@ -129,10 +129,10 @@ def _unsupported(q, k, v, height_rel, width_rel, block, halo, scale, stride, sca
     if q.dtype not in _WIDEST or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the kernel takes one of float32, bfloat16, float16"
     widest = _WIDEST[q.dtype]
-    if max(q.shape[4], v.shape[4]) > widest:
+    if q.shape[4] > widest[0] or v.shape[4] > widest[1]:
         return f"heads have {q.shape[4]} and {v.shape[4]} channels; in {q.dtype} the kernel takes {widest} at most"
-    if block + 2 * halo > 64:
-        return f"windows are {block + 2 * halo} keys wide, and the kernel takes 64 at most"
+    if block + 2 * halo > 32:
+        return f"windows are {block + 2 * halo} keys wide, and the kernel takes 32 at most"
     tensors = [q, k, v] if height_rel is None else [q, k, v, height_rel, width_rel]
     if any(t.device != q.device for t in tensors):
         return f"the tensors are on {', '.join(str(t.device) for t in tensors)}"
@@ -161,7 +161,7 @@ def _op(
 @_op.register_fake
 def _fake(q, k, v, height_rel, width_rel, block, halo, scale, stride, scale_rel, mask):
     batch, height, width, heads, _ = k.shape
-    tiles, queries = cut(block // stride)
+    tiles, queries = cut(block // stride, max(q.shape[4], v.shape[4]))
     programs = batch * -(-height // block) * -(-width // block) * tiles * heads
     out = v.new_empty(batch, q.shape[1], q.shape[2], heads, v.shape[4])
     return out, v.new_empty(programs, queries, dtype=torch.float32)

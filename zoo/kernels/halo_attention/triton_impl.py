@@ -28,15 +28,16 @@ class Tuning(NamedTuple):
     run: int = 1
 
 
-def tuning(backward: bool, widest: int, queries: int) -> Tuning:
-    """For heads of `widest` channels and tiles of so many queries."""
+def tuning(backward: bool, channels: int, queries: int, size: int) -> Tuning:
+    """For heads of at most `channels` channels of `size` bytes and tiles of so many queries."""
+    keys = 32 if size == 4 or channels > 128 else 64
     if backward:
-        return Tuning(64, 8 if queries > 64 or widest > 32 else 4, 1)
-    return Tuning(64, 8 if queries > 64 else 4, 2)
+        return Tuning(32 if queries > 64 else keys, 8 if queries > 64 or channels > 32 else 4, 1)
+    return Tuning(keys, 8 if queries > 64 or channels > 64 else 4, 2)
 
 
 class Plan(NamedTuple):
-    """How a call is cut: all of it depends on the sizes of block, halo and head, never on the batch or the map."""
+    """How a block is cut; nothing of it depends on the batch or the map."""
 
     side: int
     window: int
@@ -46,11 +47,10 @@ class Plan(NamedTuple):
     table: int
 
 
-def plan(block: int, halo: int, stride: int) -> Plan:
+def plan(block: int, halo: int, stride: int, channels: int) -> Plan:
     side, window = block // stride, block + 2 * halo
-    tiles, queries = cut(side)
-    columns = power_of_2(window)
-    return Plan(side, window, queries, tiles, columns, power_of_2(2 * window - 1))
+    tiles, queries = cut(side, channels)
+    return Plan(side, window, queries, tiles, power_of_2(window), power_of_2(2 * window - 1))
 
 
 def _rows(p: Plan, keys: int) -> int:
@@ -85,8 +85,8 @@ def forward(
     batch, height, width, heads, dk = k.shape
     hq, wq, dv = q.shape[1], q.shape[2], v.shape[4]
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-    p = plan(block, halo, stride)
-    tuned = tuning(False, power_of_2(max(dk, dv)), p.queries)
+    p = plan(block, halo, stride, max(dk, dv))
+    tuned = tuning(False, max(dk, dv), p.queries, q.element_size())
     blocks_y, blocks_x = triton.cdiv(height, block), triton.cdiv(width, block)
     programs = batch * blocks_y * blocks_x * p.tiles * heads
     out = v.new_empty(batch, hq, wq, heads, dv)
@@ -128,8 +128,8 @@ def backward(
     batch, height, width, heads, dk = k.shape
     hq, wq, dv = q.shape[1], q.shape[2], v.shape[4]
     grad, q, k, v = _unit_stride(grad), _unit_stride(q), _unit_stride(k), _unit_stride(v)
-    p = plan(block, halo, stride)
-    tuned = tuning(True, power_of_2(max(dk, dv)), p.queries)
+    p = plan(block, halo, stride, max(dk, dv))
+    tuned = tuning(True, max(dk, dv), p.queries, q.element_size())
     blocks_y, blocks_x = triton.cdiv(height, block), triton.cdiv(width, block)
     rel, size = height_rel is not None, 2 * p.window - 1
     d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
