@@ -34,8 +34,9 @@ def halo_attention(
         # One product with a whole table, of which each query then takes the window's part.
         down = (queries @ height_rel.to(wide).t()).permute(0, 1, 3, 5, 2, 4, 6)
         right = (queries @ width_rel.to(wide).t()).permute(0, 1, 3, 5, 2, 4, 6)
-        down = torch.take_along_dim(down, offsets[None, None, None, None, :, None], dim=6)
-        right = torch.take_along_dim(right, offsets[None, None, None, None, None], dim=6)
+        sizes = [down.shape[0], rows, columns, down.shape[3], side, side, window]
+        down = down.gather(6, offsets[:, None].expand(sizes))
+        right = right.gather(6, offsets.expand(sizes))
         logits = logits + gain * (down[..., :, None] + right[..., None, :])
     border = 0 if mask else halo
     inside_y = _inside(height, rows, block, halo, border, q.device)[:, None, :, None]
