@@ -122,6 +122,16 @@ def test_every_op_obeys_the_contract_on_the_cpu(name):
 
 
 @pytest.mark.parametrize("name", dispatch.OPS)
+def test_autocast_does_not_round_inside_the_reference(name):
+    function, tensors = getattr(kernels, name), SAMPLES[name]()
+    want = function(*tensors, *FIXED.get(name, ()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(function(*tensors, *FIXED.get(name, ())), want)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*tensors, *FIXED.get(name, ())), want)
+
+
+@pytest.mark.parametrize("name", dispatch.OPS)
 @scripting_is_old
 def test_every_graph_takes_the_reference(name):
     tensors = SAMPLES[name]()

@@ -81,6 +81,11 @@ def dispatch(op: Op, impl: str, *tensors: Any) -> Tensor:
     """
     if _takes_triton(op, impl, tensors):
         return op.triton(*tensors)
+    x = tensors[0]
+    if not isinstance(x, torch.fx.Proxy) and torch.is_autocast_enabled(x.device.type):
+        # The products of a reference keep the precision that it asks for.
+        with torch.autocast(x.device.type, enabled=False):
+            return op.reference(*tensors)
     return op.reference(*tensors)
 
 
