@@ -36,7 +36,8 @@ def halo_attention(
         q: (B, Hq, Wq, heads, dk), any strides; Hq = ceil(H / stride), Wq = ceil(W / stride).
         k: (B, H, W, heads, dk), any strides.
         v: (B, H, W, heads, dv), any strides.
-        height_rel, width_rel: (2 * w - 1, dk), shared by the heads; or None for both.
+        height_rel, width_rel: (2 * w - 1, dk), shared by the heads; or None for both. The kernel rounds them to the
+            dtype of q.
         block: side of a block of keys; the last blocks may lie partly beyond the map.
         halo: keys around a block that its queries see too.
         scale: of the dot product.
