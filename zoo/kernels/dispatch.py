@@ -82,11 +82,16 @@ def dispatch(op: Op, impl: str, *tensors: Any) -> Tensor:
     if _takes_triton(op, impl, tensors):
         return op.triton(*tensors)
     x = tensors[0]
-    if not isinstance(x, torch.fx.Proxy) and torch.is_autocast_enabled(x.device.type):
+    if _under_autocast(x):
         # The products of a reference keep the precision that it asks for.
         with torch.autocast(x.device.type, enabled=False):
             return op.reference(*tensors)
     return op.reference(*tensors)
+
+
+def _under_autocast(x: Any) -> bool:
+    # The meta device computes nothing, and torch knows no autocast for it.
+    return not isinstance(x, torch.fx.Proxy) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _takes_triton(op: Op, impl: str, tensors: tuple) -> bool:
