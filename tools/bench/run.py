@@ -1,0 +1,191 @@
+"""Runs a case: checks ours, then times it and its peers, one side at a time."""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tools.bench.cases import Case, FunctionCase, Unavailable, Workload
+from tools.bench.check import WrongAnswer, check_function
+from tools.bench.timing import Memory, Rates, measure
+
+COMPARE = ("timm", "eager", "compile", "recipe")
+# So much data in turn does not stay in the cache of a large GPU.
+ROTATED = 192e6
+
+
+class OutOfTime(Exception):
+    """The budget is spent."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run cases.
+
+    Args:
+        device: "cuda" or "cpu".
+        quick: toy sizes and few repeats.
+        compare: of COMPARE.
+        dtype: in which ops and layers compute.
+        deadline: time.monotonic() after which nothing new is started.
+        rates: of the device; None leaves floors out.
+    """
+
+    device: str
+    quick: bool = False
+    compare: tuple[str, ...] = COMPARE
+    dtype: torch.dtype = torch.bfloat16
+    deadline: float = math.inf
+    rates: Rates | None = None
+
+    def within_budget(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+
+
+def tidy() -> None:
+    """Frees what the side before has left, so that it counts for no other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    torch._dynamo.reset()
+
+
+def first_line(problem: BaseException) -> str:
+    text = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    return f"{type(problem).__name__}: {text}"[:300]
+
+
+def attempt(row: dict[str, Any], work: Callable[[], Any]) -> Any:
+    """What `work` answers; a failure becomes the row's status and None, so that the next side can follow."""
+    try:
+        return work()
+    except OutOfTime:
+        row |= {"status": "left out", "reason": "the budget was spent"}
+    except Unavailable as problem:
+        row |= {"status": "unavailable", "reason": str(problem)}
+    except WrongAnswer as problem:
+        row |= {"status": "wrong", "reason": str(problem)}
+    except Exception as problem:
+        row |= {"status": "failed", "reason": first_line(problem)}
+    return None
+
+
+def run_case(case: Case, options: Options) -> Iterator[dict[str, Any]]:
+    """The rows of a case, one for each side, mode and pass, as they come.
+
+    A row has side, mode, pass and status ("ok", "wrong", "failed", "unavailable", "left out"); if ok: timing, peak_gb,
+    floor_ms and share (ops and layers), images_per_second (networks), check (ours); else the reason.
+    """
+    if isinstance(case, FunctionCase):
+        yield from run_function(case, options)
+    else:
+        from tools.bench.run_network import run_network
+
+        yield from run_network(case, options)
+
+
+def function_sides(case: FunctionCase, compare: tuple[str, ...]) -> list[tuple[str, str]]:
+    sides = [("ours", "eager")]
+    if case.kind == "layer" and "compile" in compare:
+        sides.append(("ours", "compile"))
+    if "eager" in compare if case.peer == "reference" else case.peer in compare:
+        sides.append((case.peer, "eager"))
+    if "compile" in compare and (case.peer == "reference" or case.peer in compare):
+        sides.append((case.peer, "compile"))
+    return sides
+
+
+def run_function(case: FunctionCase, options: Options) -> Iterator[dict[str, Any]]:
+    """The rows of an op or a layer: forward, and forward with backward, of each side."""
+    sizes = dict(case.quick if options.quick else case.sizes)
+    for side, mode in function_sides(case, options.compare):
+        tidy()
+        row = {"side": side, "mode": mode, "status": "ok"}
+        checked = attempt(row, lambda s=side, m=mode: _checked(case, s, m, sizes, options))
+        if checked is None:
+            yield row
+            continue
+        if checked:
+            row["check"] = checked
+        for what in ("forward", "forward+backward"):
+            timed = dict(row, **{"pass": what})
+            tidy()
+            numbers = attempt(timed, lambda s=side, m=mode, w=what: _timed(case, s, m, w, sizes, options))
+            yield timed | (numbers or {})
+
+
+def _build(case: FunctionCase, side: str, mode: str, sizes: dict, options: Options) -> Workload:
+    workload = case.build(side, options.device, **sizes)
+    # One compilation of static shapes, as a network makes it.
+    return replace(workload, call=torch.compile(workload.call, dynamic=False)) if mode == "compile" else workload
+
+
+def _checked(case: FunctionCase, side: str, mode: str, sizes: dict, options: Options) -> dict[str, Any]:
+    options.within_budget()
+    if side != "ours":
+        return {}
+    torch.manual_seed(1)
+    inputs = case.inputs(side, options.dtype, options.device, **sizes)
+    workload = _build(case, side, mode, sizes, options)
+    reference = case.build("reference", options.device, **sizes)
+    return check_function(case, workload, reference, inputs, options.dtype, sums=mode == "eager")
+
+
+def _timed(case: FunctionCase, side: str, mode: str, what: str, sizes: dict, options: Options) -> dict[str, Any]:
+    options.within_budget()
+    torch.manual_seed(2)
+    memory = Memory(options.device)
+    workload = _build(case, side, mode, sizes, options)
+    if workload.module is not None:
+        workload.module.train(what != "forward")
+    sets = [case.inputs(side, options.dtype, options.device, **sizes)]
+    step = forward if what == "forward" else forward_backward
+    first = step(workload, sets[0], options)
+    first()
+    memory.restart()
+    first()
+    peak = memory.peak_gb()
+    size = sum(x.numel() * x.element_size() for x in sets[0])
+    more = 0 if options.device == "cpu" else min(7, math.ceil(ROTATED / size) - 1)
+    sets += [case.inputs(side, options.dtype, options.device, **sizes) for _ in range(more)]
+    timing = measure([step(workload, one, options) for one in sets], options.device, options.quick)
+    return {"timing": timing.record(), "peak_gb": peak} | _floor(case, what, sizes, options, timing.median_ms)
+
+
+def _floor(case: FunctionCase, what: str, sizes: dict, options: Options, ms: float) -> dict[str, float]:
+    if options.rates is None:
+        return {}
+    moved, flops = case.cost(**sizes).of(what)
+    floor = options.rates.floor_ms(moved, flops)
+    return {"bytes": moved, "flops": flops, "floor_ms": floor, "share": floor / ms}
+
+
+def forward(workload: Workload, inputs: tuple, options: Options) -> Callable[[], Any]:
+    device, mixed = options.device, workload.autocast and options.dtype != torch.float32
+
+    def step() -> Any:
+        with torch.no_grad(), torch.autocast(device, options.dtype, enabled=mixed):
+            return workload.call(*inputs)
+
+    return step
+
+
+def forward_backward(workload: Workload, inputs: tuple, options: Options) -> Callable[[], Any]:
+    device, mixed = options.device, workload.autocast and options.dtype != torch.float32
+    leaves = [*inputs, *workload.parameters]
+    grads: list[torch.Tensor] = []
+
+    def step() -> Any:
+        with torch.autocast(device, options.dtype, enabled=mixed):
+            out = workload.call(*inputs)
+        if not grads:
+            # Laid out as the output is, and no zeros or ones, whose products can be cheaper.
+            grads.append(torch.randn_like(out))
+        return torch.autograd.grad(out, leaves, grads[0], allow_unused=True)
+
+    return step
