@@ -227,6 +227,10 @@ def test_add_keeps_rows_of_the_same_versions():
         ("ours", "compile", 4),
     ]
     assert both["commands"] == ["first", "second"]
+    failed = {"side": "ours", "mode": "eager", "status": "wrong", "reason": "off"}
+    assert machine.merged(now, before | {"rows": [failed]})["rows"] == now["rows"]
+    late = now | {"rows": [{"side": "ours", "mode": "eager", "pass": "training", "status": "left out"}]}
+    assert machine.merged(late, before)["rows"] == before["rows"]
     assert machine.merged(now, before | {"versions": {"torch": "8"}}) == now
 
 

@@ -126,7 +126,7 @@ def execute(cases: list[Case], options: Options, command: str, out: Path | None,
             print(text_of(row), flush=True)
         bad += [case.name for row in rows if row["side"] == "ours" and row["status"] in ("wrong", "failed")]
         left += [case.name for row in rows if row["status"] == "left out"]
-        if out is not None:
+        if out is not None and any(row["status"] != "left out" for row in rows):
             about_case = facts(case, options.quick) | {"dtype": str(options.dtype).removeprefix("torch.")}
             record = about | about_case | {"rows": rows, "rates": told, "seconds": round(time.monotonic() - start, 1)}
             machine.write(record, out, add)

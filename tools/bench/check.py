@@ -66,7 +66,8 @@ def check_function(
     few = tuple(_pick(x, picks, i in case.batched) for i, x in enumerate(inputs))
     if reference.module is not None:
         reference.module.double()
-    wide = tuple(x.detach().double().requires_grad_() for x in few)
+    # In plain layout, which every reference takes.
+    wide = tuple(x.detach().double().contiguous().requires_grad_() for x in few)
     exact = Workload(reference.call, reference.parameters)
     right = gradients(exact, wide, full[1][picks].double(), torch.float32)
     errors = {"the output": error(full[0][picks], right[0])}
@@ -155,6 +156,7 @@ def check_network(
     """
     picks, both = [0, images.shape[0] - 1], [0, 1]
     few = images.detach()[picks]
+    plain = few.contiguous()  # a layout that every reference takes
 
     def low() -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
@@ -162,17 +164,17 @@ def check_network(
         stack.enter_context(autocast())
         return stack
 
-    right = answers(reference, few, exact_maths, None, both)
+    right = answers(reference, plain, exact_maths, None, both)
     grad = torch.randn_like(right[0]) if backward else None
     if backward:
-        right = answers(reference, few, exact_maths, grad, both)
+        right = answers(reference, plain, exact_maths, grad, both)
     names = ("the logits", "the gradient of the images")
     result: dict[str, Any] = {}
     if backward:
         got = answers(network, few, partial(exact_maths, "auto"), grad, both)
         for name, limit, one, good in zip(names, FLOAT32, got, right, strict=True):
             result |= {f"float32 {name}": verdict({f"{name} in float32": error(one, good)}, limit)["error"]}
-    stray = [error(one, good) for one, good in zip(answers(reference, few, low, grad, both), right, strict=True)]
+    stray = [error(one, good) for one, good in zip(answers(reference, plain, low, grad, both), right, strict=True)]
     got = answers(network, images, autocast, grad, picks)
     for name, least, one, good, off in zip(names, BFLOAT16, got, right, stray, strict=False):
         found = verdict({name: error(one, good)}, allowed(least, off)) | {"reference_error": off}

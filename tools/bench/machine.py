@@ -82,13 +82,16 @@ def merged(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     if any(record[key] != before.get(key) for key in ("versions", "device", "quick", "dtype")):
         return record
 
-    def key(row: dict[str, Any]) -> tuple:
-        return row["side"], row["mode"], row.get("pass")
+    def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        """Whether they are about the same; one that failed before any pass stands for all passes."""
+        passes = {one.get("pass"), other.get("pass")} - {None}
+        return (one["side"], one["mode"]) == (other["side"], other["mode"]) and len(passes) < 2
 
-    new = {key(row) for row in record["rows"]}
-    kept = [row for row in before["rows"] if key(row) not in new]
-    commands = list(dict.fromkeys([*before["commands"], *record["commands"]]))
-    return record | {"rows": kept + record["rows"], "commands": commands} if kept else record
+    new = [row for row in record["rows"] if row["status"] != "left out"]
+    kept = [row for row in before["rows"] if not any(same(row, one) for one in new)]
+    left = [row for row in record["rows"] if row["status"] == "left out" and not any(same(row, one) for one in kept)]
+    commands = [*before["commands"], *record["commands"]] if kept else record["commands"]
+    return record | {"rows": kept + new + left, "commands": list(dict.fromkeys(commands))}
 
 
 def write(record: dict[str, Any], folder: Path, add: bool = False) -> Path:

@@ -1,5 +1,6 @@
 """Times whole networks: inference and training, eager, compiled and as the recipes train."""
 
+import gc
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -207,6 +208,7 @@ def build_training(
         stray = error(gradient(network, plain), exact)
     runner, graph = prepare(network, mode), None
     if mode == "recipe" and options.device == "cuda":
+        gc.collect()  # what an eager step may have left belongs to another stream than the graphs will
         with torch.autocast("cuda", torch.bfloat16):
             graph = speed().TrainingGraph(network, images)
     step = training_step(network, runner, images, targets, options.device)
