@@ -59,6 +59,7 @@ add(
     peer=network("shvit_s4"),
     peer_name="timm shvit_s4",
     img_size=256,
+    quick_size=128,
 )
 add(
     "zoo_shvit_s4_batch1024",
@@ -67,6 +68,7 @@ add(
     peer=network("shvit_s4"),
     peer_name="timm shvit_s4",
     img_size=256,
+    quick_size=128,
     passes=("training",),
     training_batch=1024,
 )
