@@ -221,6 +221,28 @@ def test_attention_map_rows_are_weights(name, options):
 
 @each_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_near_and_leaves_weights_in_float32(name, options, dtype):
+    grid = (5, 6)
+    attention = build(name, options)
+    x = tokens(grid)
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        out, weights = attention(x, grid), attention.attention_map(x, grid)
+    # As below: bf16 keeps 8 bits of projections and values of order 1.
+    torch.testing.assert_close(out.float(), attention(x, grid), rtol=0.05, atol=0.05)
+    assert weights.dtype == torch.float32
+    if not {name, options.get("inner")} & (SIGNED | FALL_SHORT):
+        # Not rounded on the way: sums of 30 float32 weights.
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=1e-6, atol=2e-6)
+
+
+@each_case
+def test_no_images_give_no_answers(name, options):
+    attention = build(name, options)
+    assert attention(tokens((5, 6))[:0], (5, 6)).shape == (0, *attention(tokens((5, 6)), (5, 6)).shape[1:])
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_finite_and_near(name, options, dtype):
     grid = (7, 13)
     attention = build(name, options)

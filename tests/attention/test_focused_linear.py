@@ -215,3 +215,20 @@ def test_local_positions_inside_stripes(grid):
         branch.lepe = None
     want = attention(x, grid)[0] + torch.cat(halves, dim=1) @ attention.proj.weight.T
     torch.testing.assert_close(with_local[0], want, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_queries_that_meet_no_key_stay_finite_under_autocast(dtype):
+    """Queries and keys on different channels: their product is 0 but for 1e-6, and so is the normaliser."""
+    attention = create_attention("focused_linear", 8, num_heads=1, grid_size=(2, 2)).eval()
+    with torch.no_grad():
+        attention.qkv.weight.zero_()
+        attention.qkv.bias.zero_()
+        attention.qkv.bias[[0, 9]] = 2.0
+        attention.qkv.bias[16:] = 1.0
+        x = torch.randn(1, 4, 8)
+        want = attention(x, (2, 2))
+        with torch.autocast("cpu", dtype):
+            got = attention(x, (2, 2))
+    # Values and the projection keep 8 bits in bf16.
+    torch.testing.assert_close(got.float(), want, rtol=0.02, atol=0.02)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.attention import attention_spec, create_attention
@@ -127,16 +126,6 @@ def test_the_part_that_attends_is_the_papers():
     """1 / 4.67 of the channels: 32 of 149.4, 75 of 350."""
     parts = {dim: create_attention("single_head", dim).attn.partial_dim for dim in (1, 4, 149, 350)}
     assert parts == {1: 1, 4: 1, 149: 32, 350: 75}
-
-
-def test_weights_are_float32_under_autocast():
-    attention = create_attention("single_head", DIM, layout="map", partial_dim=PART).eval()
-    nn.init.normal_(attention.qkv.conv.weight, std=8.0)
-    x = image(3, 4).float()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        weights = attention.attention_map(x)
-    assert weights.dtype == torch.float32
-    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, 12), rtol=1e-6, atol=1e-6)
 
 
 def test_wrong_options_help():

@@ -12,6 +12,7 @@ from zoo.attention.base import Attention, Grid, check_heads
 from zoo.attention.depthwise import check_kernel, depthwise_tokens
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
+from zoo.kernels.precision import without_autocast
 from zoo.layers.position import TableResize
 
 
@@ -95,12 +96,23 @@ class FocusedLinearAttention(Attention):
         # The values of float16 end where sums over thousands of tokens may go.
         work = torch.float32 if v.dtype == torch.float16 else v.dtype
         values = v.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2).to(work)
-        summed = k.to(work).transpose(-2, -1) @ values * x.shape[1] ** -0.5
-        out = (q.to(work) @ summed).transpose(1, 2).flatten(2).to(v.dtype)
+        q, k = q.to(work), k.to(work)
+        out = self._weigh(q, k, values) if torch.jit.is_scripting() else self._weigh_precisely(q, k, values)
+        out = out.transpose(1, 2).flatten(2).to(v.dtype)
         out = out + self.depthwise(v, grid, key_mask)
         if key_mask is not None:
             out = out.masked_fill(~key_mask.any(dim=1)[:, None, None], 0.0)
         return self.proj_drop(self.proj(out))
+
+    @staticmethod
+    def _weigh(q: Tensor, k: Tensor, values: Tensor) -> Tensor:
+        return q @ (k.transpose(-2, -1) @ values * q.shape[2] ** -0.5)
+
+    @torch.jit.unused
+    def _weigh_precisely(self, q: Tensor, k: Tensor, values: Tensor) -> Tensor:
+        # A query that meets no key is divided by 1e-6 and would leave float16, which autocast went back to.
+        with without_autocast(q):
+            return self._weigh(q, k, values)
 
     def attention_map(
         self, x: Tensor, grid: Grid | None = None, key_mask: Tensor | None = None, bias: Tensor | None = None
@@ -110,7 +122,8 @@ class FocusedLinearAttention(Attention):
         A row sums to 1 minus the share of the normaliser's 1e-6.
         """
         q, k, _ = self.project(x, self.token_grid(x, grid), key_mask)
-        return (q.float() @ k.float().transpose(-2, -1)) * x.shape[1] ** -0.5
+        with without_autocast(x):
+            return (q.float() @ k.float().transpose(-2, -1)) * x.shape[1] ** -0.5
 
     def project(self, x: Tensor, grid: tuple[int, int], key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised f(q), f(k) / sqrt(tokens): (B, heads, tokens, head_dim), float32 or wider; v (B, tokens, C).

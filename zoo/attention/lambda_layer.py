@@ -11,6 +11,7 @@ from zoo import kernels
 from zoo.attention.base import Attention, Grid
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
+from zoo.kernels.precision import without_autocast
 from zoo.layers.position import TableResize
 
 
@@ -131,8 +132,9 @@ class LambdaAttention(Attention):
         batch, height, width = x.shape[0], x.shape[2], x.shape[3]
         each = torch.eye(height * width, device=x.device).view(1, height, width, 1, -1)
         each = each.expand(batch, -1, -1, self.intra_depth, -1)
-        content = k.float().transpose(1, 2) @ each.flatten(1, 3)
-        factors = self.attend(q.float(), each) + self._answer(q.float(), content)
+        with without_autocast(x):
+            content = k.float().transpose(1, 2) @ each.flatten(1, 3)
+            factors = self.attend(q.float(), each) + self._answer(q.float(), content)
         maps = self.pool(factors.flatten(3).permute(0, 3, 1, 2))
         return maps.unflatten(1, (self.num_heads, -1)).flatten(3).transpose(2, 3)
 

@@ -13,6 +13,7 @@ from zoo.attention.base import Attention, Grid, check_heads, logit_bias, zero_wi
 from zoo.attention.depthwise import check_kernel, depthwise_tokens
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
+from zoo.kernels.precision import without_autocast
 
 
 @register_attention(
@@ -107,7 +108,8 @@ class SoftmaxAttention(Attention):
     ) -> Tensor:
         """float32 weights (B, heads, queries, keys); with `sr_ratio` > 1 the keys are the reduced ones."""
         q, k, _, key_mask = self.project(x, grid, key_mask)
-        logits = (q.float() * self.scale) @ k.float().transpose(-2, -1)
+        with without_autocast(x):
+            logits = (q.float() * self.scale) @ k.float().transpose(-2, -1)
         added = logit_bias(key_mask, bias, torch.float32)
         weights = (logits if added is None else logits + added).softmax(dim=-1)
         return zero_without_keys(weights, key_mask)

@@ -62,6 +62,11 @@ def split(x: Tensor, cut: Cut) -> Tensor:
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+def windows_of(cut: Cut) -> int:
+    """How many windows the grid is cut into."""
+    return cut.padded[0] // cut.window[0] * (cut.padded[1] // cut.window[1])
+
+
 def join(x: Tensor, cut: Cut) -> Tensor:
     """(B, windows, h*w, C) -> (B, H*W, C), the inverse of `split`."""
     (rows, columns), (h, w) = cut.padded, cut.window
@@ -93,7 +98,7 @@ def window_tokens(x: Tensor, cut: Cut, prefix: int, key_mask: Tensor | None) -> 
 
 def grid_tokens(out: Tensor, cut: Cut, prefix: int, batch: int) -> Tensor:
     """The answer (B * windows, P + h*w, C) of the windows as tokens (B, P + H*W, C)."""
-    out = out.unflatten(0, (batch, out.shape[0] // batch))
+    out = out.unflatten(0, (batch, windows_of(cut)))
     cells = join(out[:, :, prefix:], cut)
     return torch.cat([out[:, :, :prefix].mean(dim=1), cells], dim=1) if prefix > 0 else cells
 
@@ -116,7 +121,7 @@ def window_bias(cut: Cut, table: Tensor | None, prefix: int, x: Tensor, masked: 
 
 def grid_weights(local: Tensor, cut: Cut, prefix: int, batch: int) -> Tensor:
     """Weights (B * windows, heads, P + h*w, P + h*w) put at their places in (B, heads, P + H*W, P + H*W)."""
-    local = local.unflatten(0, (batch, local.shape[0] // batch))
+    local = local.unflatten(0, (batch, windows_of(cut)))
     count, total = local.shape[1], prefix + cut.grid[0] * cut.grid[1]
     # Places count from 1 so that padding, which `split` fills with zero, falls on a row and column cut off below.
     places = torch.arange(prefix + 1, total + 1, device=local.device).reshape(1, cut.grid[0], cut.grid[1], 1)
@@ -342,7 +347,11 @@ class CrossWindowAttention(_Windowed):
         if "num_heads" in known:
             heads = options.get("num_heads", known["num_heads"])
             if heads % 2:
-                raise UsageError(f"cross_window halves the heads, but num_heads={heads} is odd")
+                raise UsageError(
+                    f"cross_window halves the heads, but num_heads={heads} is odd; give an even number that divides "
+                    f"{dim}: inner_options={{'num_heads': N}}, in a network "
+                    "attn_options={'inner_options': {'num_heads': N}}"
+                )
             options["num_heads"] = heads // 2
         if not isinstance(stripe_width, int) or stripe_width < 1:
             raise UsageError(f"stripe_width={stripe_width!r}: give a positive whole number")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.kernels.precision import without_autocast
+
 IMPLS = ("auto", "reference", "triton")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -81,17 +83,8 @@ def dispatch(op: Op, impl: str, *tensors: Any) -> Tensor:
     """
     if _takes_triton(op, impl, tensors):
         return op.triton(*tensors)
-    x = tensors[0]
-    if _under_autocast(x):
-        # The products of a reference keep the precision that it asks for.
-        with torch.autocast(x.device.type, enabled=False):
-            return op.reference(*tensors)
-    return op.reference(*tensors)
-
-
-def _under_autocast(x: Any) -> bool:
-    # The meta device computes nothing, and torch knows no autocast for it.
-    return not isinstance(x, torch.fx.Proxy) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    with without_autocast(tensors[0]):
+        return op.reference(*tensors)
 
 
 def _takes_triton(op: Op, impl: str, tensors: tuple) -> bool:
