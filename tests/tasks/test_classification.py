@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from zoo.errors import UsageError
 from zoo.tasks import Classification, NonFiniteLossError, load_task
+from zoo.tasks.backbone import create_backbone
 from zoo.tasks.threads import share_cores
 
 SMALL_RESNET = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_width": 8}
@@ -35,6 +36,13 @@ def test_one_channel_gets_the_mean_of_the_statistics():
     task = Classification("resnet10t", ["a", "b"], img_size=32, in_chans=1, mean=[0.1, 0.2, 0.6], std=[0.5, 0.5, 0.5])
     assert task.export_meta()["mean"] == pytest.approx([0.3])
     assert task.inference(torch.zeros(2, 1, 32, 32, dtype=torch.uint8)).shape == (2, 2)
+
+
+def test_tables_of_positions_are_made_for_the_size_of_the_images():
+    """A recipe at 64 px must not resize tables made for the size of the network's name at every step."""
+    network = create_backbone("zoo_flatten_pvt_tiny", num_classes=2, img_size=(64, 32))
+    assert network.stages[0].pos_embed.shape[1] == 16 * 8
+    assert network.stages[3].pos_embed.shape[1] == 2 * 1
 
 
 def test_loss_of_a_step_with_hard_and_soft_targets(tiny, tmp_path):

@@ -63,8 +63,7 @@ def create_backbone(
         arguments["attn"] = attn
     if attn_options is not None:
         arguments["attn_options"] = attn_options
-    config = get_pretrained_cfg(name)
-    if config is not None and config.fixed_input_size:
+    if _wants_size(name):
         arguments["img_size"] = img_size
     if isinstance(pretrained, str):
         model = _with_weights(name, num_classes, arguments, Path(pretrained))
@@ -79,6 +78,15 @@ def head_parameters(backbone: nn.Module) -> set[int]:
     classifier = backbone.get_classifier()
     heads = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
     return {id(parameter) for head in heads for parameter in head.parameters()}
+
+
+def _wants_size(name: str) -> bool:
+    """Whether a network is told the size of the images: those made for one, and ours, whose tables then fit it.
+
+    timm's flexible networks are left to their own: few of their filters resize what pretrained files hold.
+    """
+    config = get_pretrained_cfg(name)
+    return name.startswith("zoo_") or (config is not None and config.fixed_input_size)
 
 
 def _build(name: str, **arguments: Any) -> nn.Module:
