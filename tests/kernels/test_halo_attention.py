@@ -157,7 +157,10 @@ def agrees(function, inputs, options, device, dtype, layout=lambda t: t):
     given = [layout(t.to(device)).requires_grad_() for t in given]
     got = function(*given, *options)
     results = [got, *torch.autograd.grad(got, given, layout(grad.to(device)))]
-    errors = [distance(a, b) for a, b in zip(results, wanted, strict=True)]
+    errors = [distance(a, b) for a, b in zip(results[:4], wanted[:4], strict=True)]
+    # Both tables sum the same logits' gradients, each along one axis: rounding enters both alike, while the sums of
+    # one may cancel, as they do with a single key in a border of zeros.
+    errors.append(distance(*(torch.cat([t.cpu().double() for t in pair[4:]]) for pair in (results, wanted))))
     assert [t.dtype for t in results] == [dtype, *(t.dtype for t in given)]
     assert max(errors) <= BOUND[dtype], errors
 
