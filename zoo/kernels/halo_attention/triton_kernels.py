@@ -257,7 +257,14 @@ def backward(
             s = tl.reshape(s, [QUERIES, ROWS, COLUMNS]) * (scale * LOG2E) + (down[:, :, None] + right[:, None, :])
             p = tl.exp2(tl.reshape(s, [QUERIES, ROWS * COLUMNS]) - lse[:, None])
             dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-            ds = (p * (dp - delta[:, None])).to(q.dtype)
+            ds = p * (dp - delta[:, None])
+            if POSITIONS:
+                # In float32: these sums over a row or a column of keys may cancel.
+                by_place = tl.reshape(ds, [QUERIES, ROWS, COLUMNS])
+                d_right += tl.sum(by_place, 1)
+                here = rows[None, :, None] == columns[None, None, :]
+                d_down += tl.sum(tl.where(here, tl.sum(by_place, 2)[:, :, None], 0.0), 1)
+            ds = ds.to(q.dtype)
             to = (u * WINDOW + m % COLUMNS)[:, None]
             dv_tile = tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=PRECISION)
             d_to = dv_ptr + of_window * dv + to * dv + cv[None, :]
@@ -266,12 +273,6 @@ def backward(
             d_to = dk_ptr + of_window * dk + to * dk + c[None, :]
             tl.store(d_to, dk_tile.to(dk_ptr.dtype.element_ty), mask=inside & (c < dk)[None, :] & real)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-            if POSITIONS:
-                # Sums over a row or a column of keys, by the tensor cores.
-                of_row = (u[:, None] == columns[None, :]).to(q.dtype)
-                of_column = ((m % COLUMNS)[:, None] == columns[None, :]).to(q.dtype)
-                d_down = tl.dot(ds, of_row, d_down, input_precision=PRECISION)
-                d_right = tl.dot(ds, of_column, d_right, input_precision=PRECISION)
         dq *= scale
         if POSITIONS:
             by_row = (_offsets(d_down, i, COLUMNS, WINDOW, TABLE) * gain).to(q.dtype)
