@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-KEYS = ("model", "state_dict", "model_ema", "state_dict_ema", "module")
+# As zoo.backbones reads them; repeated here so that the tool runs without the project.
+KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 
 
 def tensors(content: Any, key: str | None = None) -> tuple[str, dict[str, Tensor]]:

@@ -1,7 +1,8 @@
 """Accuracies that the papers or their repositories publish: facts to choose a backbone by, not measured here."""
 
 # ImageNet-1k top-1 in per cent, trained on ImageNet-1k alone, one crop at the default input size of the name. Left out:
-# networks without published figures, and figures that were only drawn.
+# networks without published figures, figures that were only drawn, and PVT's, which belong to a network with a class
+# token.
 _BY_FAMILY = {
     "zoo_vit_{}_patch16_224": {"tiny": 72.2, "small": 79.8, "base": 81.8},  # DeiT, arXiv 2012.12877
     "zoo_uniformer_{}": {
@@ -36,7 +37,6 @@ _BY_FAMILY = {
         "base_patch4_window7_224": 83.5,
         "base_patch4_window12_384": 84.5,
     },
-    "zoo_pvt_{}": {"tiny": 75.1, "small": 79.8, "medium": 81.2, "large": 81.7},
     "zoo_pvt_v2_{}": {"b0": 70.5, "b1": 78.7, "b2": 82.0, "b3": 83.1, "b4": 83.6},
     "zoo_halonet_{}": {"h0": 77.9, "h1": 79.9, "h2": 80.4, "h3": 81.9, "h4": 83.3, "h5": 84.0, "h6": 84.4, "h7": 84.9},
     "zoo_halonet{}": {"26t": 79.1},  # timm's

@@ -1,9 +1,6 @@
 """The networks of the FLatten paper against what their authors measured and recorded, and their hosts against timm."""
 
-import importlib.util
-import json
 import re
-from pathlib import Path
 
 import pytest
 import timm
@@ -34,7 +31,7 @@ MEASURED = {
     "zoo_flatten_cswin_base_384": ((3, 6, 29, 2), 78.369, 46.305),
 }
 each = pytest.mark.parametrize("name", MEASURED)
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+GOLDENS = "flatten"
 
 
 def empty(name, **options):
@@ -180,31 +177,10 @@ def test_every_entry_of_the_authors_file_finds_its_place(name):
     }
 
 
-def goldens():
-    paths = sorted(GOLDEN.glob("flatten_*.json")) if GOLDEN.is_dir() else []
-    return paths or [
-        pytest.param(None, marks=pytest.mark.skip(reason="the recorded answers of the authors' networks are absent"))
-    ]
-
-
-@pytest.mark.parametrize("path", goldens(), ids=lambda path: path.stem if path else "none")
-def test_answers_are_the_authors(path, tmp_path):
+def test_answers_are_the_authors(golden, tmp_path):
     """Logits and the map of every stage, from a checkpoint in the authors' format."""
-    spec = importlib.util.spec_from_file_location("check", GOLDEN / "check.py")
-    check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(check)
-    golden = json.loads(path.read_text())
-    name = f"zoo_{golden['our_name']}"
-    recorded = {key: tuple(shape) for key, (shape, _) in golden["state_dict"].items()}
-    assert authors_file(name)[0] == recorded
-    file = tmp_path / "authors.pth"
-    torch.save({"model": check.state_dict(golden)}, file)
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
-    x = check.image(golden["input"]["seed"], golden["input"]["shape"])
-    with torch.inference_mode():
-        maps = model.forward_intermediates(x, intermediates_only=True)
-        answers = {"logits": model(x)} | {f"stage{stage + 1}": map_ for stage, map_ in enumerate(maps)}
-    errors = {key: check.error(answers[key], value) for key, value in golden["outputs"].items()}
+    assert authors_file(golden.name)[0] == golden.shapes
+    errors = golden.errors(golden.load(tmp_path, wrap="model"))
     assert len(errors) == 5
     # float32 noise of a dozen blocks; a wrong positional encoding shows as 3 % in the sharp ones.
     assert max(errors.values()) < 5e-6, errors
@@ -270,7 +246,8 @@ def test_plain_hosts_are_timms_networks(ours, theirs, module, size):
     model.load_state_dict(module.checkpoint_filter_fn(reference.state_dict(), model), strict=True)
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
     got, want = model(x), reference(x)
-    # float32 noise: both take the same products, in windows of another order.
+    # float32 noise: both take the same products, in windows of another order. Swin-B has 24 blocks of 128 channels and
+    # more, twice the blocks of Swin-T and longer sums, at 2.7e-6 to 5.4e-6 where the others stay below 1.3e-6.
     assert (got - want).abs().max() <= 2e-6 * want.abs().max() * (4 if "swin_base" in ours else 1)
 
 

@@ -1,9 +1,6 @@
 """SHViT against what its authors measured and recorded, and against timm's network."""
 
 import copy
-import importlib.util
-import json
-from pathlib import Path
 
 import pytest
 import timm
@@ -24,7 +21,7 @@ MEASURED = {
     "zoo_shvit_s4": ((224, 336, 448), (4, 7, 6), (48, 72, 96), 16.589, 0.9862),
 }
 each = pytest.mark.parametrize("name", MEASURED)
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+GOLDENS = "shvit"
 SMALL = {"embed_dims": (16, 24, 32), "depths": (1, 2, 2), "partial_dims": (4, 6, 7), "qk_dim": 4, "num_classes": 5}
 # Two paths over the same float32 numbers; only the order of sums differs.
 NEAR = {"rtol": 1e-4, "atol": 1e-5}
@@ -134,35 +131,14 @@ def test_matrices_load_as_convolutions():
     assert torch.equal(other(images()), model(images()))
 
 
-def goldens():
-    paths = sorted(GOLDEN.glob("shvit_*.json")) if GOLDEN.is_dir() else []
-    return paths or [
-        pytest.param(None, marks=pytest.mark.skip(reason="the recorded answers of the authors' networks are absent"))
-    ]
-
-
-@pytest.mark.parametrize("path", goldens(), ids=lambda path: path.stem if path else "none")
-@torch.inference_mode()
-def test_answers_are_the_authors(path, tmp_path):
-    """Logits and the map of every stage, from a checkpoint in the authors' format."""
-    spec = importlib.util.spec_from_file_location("check", GOLDEN / "check.py")
-    check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(check)
-    golden = json.loads(path.read_text())
-    name = f"zoo_{golden['our_name']}"
-    assert authors_file(name) == {key: tuple(shape) for key, (shape, _) in golden["state_dict"].items()}
-    file = tmp_path / "authors.pth"
-    torch.save(check.state_dict(golden), file)
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
-    x = check.image(golden["input"]["seed"], golden["input"]["shape"])
-    maps = model.forward_intermediates(x, intermediates_only=True)
-    answers = {"logits": model(x)} | {f"stage{index + 1}": map_ for index, map_ in enumerate(maps)}
-    fused = {"logits": model.fuse()(x)}
-    for key, recorded in golden["outputs"].items():
-        for given in (answers, fused):
-            if key in given:
-                # float32 noise is about 1e-6.
-                assert check.error(given[key], recorded) <= 2e-5, key
+def test_answers_are_the_authors(golden, tmp_path):
+    """Logits and the map of every stage, from a checkpoint in the authors' format; the logits fused too."""
+    assert authors_file(golden.name) == golden.shapes
+    model = golden.load(tmp_path)
+    errors = golden.errors(model)
+    assert {"logits", "stage3"} <= errors.keys()
+    errors["fused"] = golden.errors(model.fuse())["logits"]
+    assert max(errors.values()) <= 2e-5, errors  # float32 noise is about 1e-6
 
 
 @pytest.mark.parametrize(
@@ -288,17 +264,9 @@ def test_memory_stays_channels_last():
     assert [name for name, out in maps if not out.is_contiguous(memory_format=torch.channels_last)] == []
 
 
-def test_trains_in_any_memory_format_and_precision():
+def test_trains_in_any_memory_format_and_precision(step_losses):
     """bf16 keeps 8 bits: a step in it, channels last too, is finite and its loss within 2 % of float32's."""
-    x, y, losses = images(batch=8), torch.arange(8) % 5, []
-    for dtype in (torch.float32, torch.bfloat16):
-        for format_ in (torch.contiguous_format, torch.channels_last):
-            model = randomise(make()).train().to(memory_format=format_)
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-                loss = nn.functional.cross_entropy(model(x.to(memory_format=format_)), y)
-            loss.backward()
-            assert all(p.grad.isfinite().all() for p in model.parameters())
-            losses.append(loss.item())
+    losses = step_losses(lambda: randomise(make()), images(batch=8), torch.arange(8) % 5, tolerance=0.02)
     assert losses == pytest.approx([losses[0]] * 4, rel=0.02)
 
 

@@ -1,9 +1,6 @@
 """UniFormer against what its authors measured and recorded, and what each variant has of its own."""
 
 import copy
-import importlib.util
-import json
-from pathlib import Path
 
 import pytest
 import timm
@@ -37,7 +34,7 @@ MEASURED = {
     "zoo_uniformer_xs": ((64, 128, 256, 512), (3, 5, 9, 3), 32, 16.509, 1.932, "light"),
 }
 each = pytest.mark.parametrize("name", MEASURED)
-GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
+GOLDENS = "uniformer"
 _NARROW = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 2, 2), "head_dim": 8, "num_classes": 5}
 # One of each kind.
 KINDS = ("zoo_uniformer_small", "zoo_uniformer_small_plus_tl", "zoo_uniformer_large_ls", "zoo_uniformer_xxs")
@@ -174,34 +171,12 @@ def test_every_entry_of_the_authors_file_finds_its_place(name):
         }
 
 
-def goldens():
-    paths = sorted(GOLDEN.glob("uniformer_*.json")) if GOLDEN.is_dir() else []
-    return paths or [
-        pytest.param(None, marks=pytest.mark.skip(reason="the recorded answers of the authors' networks are absent"))
-    ]
-
-
-@pytest.mark.parametrize("path", goldens(), ids=lambda path: path.stem if path else "none")
-@torch.inference_mode()
-def test_answers_are_the_authors(path, tmp_path):
+def test_answers_are_the_authors(golden, tmp_path):
     """Logits and the map of every stage, from a checkpoint in the authors' format."""
-    spec = importlib.util.spec_from_file_location("check", GOLDEN / "check.py")
-    check = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(check)
-    golden = json.loads(path.read_text())
-    name = f"zoo_{golden['our_name']}"
-    assert authors_file(name) == {key: tuple(shape) for key, (shape, _) in golden["state_dict"].items()}
-    file = tmp_path / "authors.pth"
-    torch.save(check.state_dict(golden), file)
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
-    x = check.image(golden["input"]["seed"], golden["input"]["shape"])
-    maps = model.forward_intermediates(x, intermediates_only=True)
-    answers = {"logits": model(x)} | {f"stage{index + 1}": map_ for index, map_ in enumerate(maps)}
-    compared = set(answers) & set(golden["outputs"])
-    assert {"logits", "stage4"} <= compared
-    for key in compared:
-        # float32 noise is about 1e-6.
-        assert check.error(answers[key], golden["outputs"][key]) <= 2e-5, key
+    assert authors_file(golden.name) == golden.shapes
+    errors = golden.errors(golden.load(tmp_path))
+    assert {"logits", "stage4"} <= errors.keys()
+    assert max(errors.values()) <= 2e-5, errors  # float32 noise is about 1e-6
 
 
 @torch.no_grad()
@@ -302,18 +277,16 @@ def test_memory_stays_channels_last(name):
     assert [key for key, out in maps if not out.is_contiguous(memory_format=torch.channels_last)] == []
 
 
+@torch.no_grad()
+def awake(name):
+    """A network of which every branch matters."""
+    return randomise(make(name))
+
+
 @kinds
-def test_trains_in_any_memory_format_and_precision(name):
+def test_trains_in_any_memory_format_and_precision(name, step_losses):
     """bf16 keeps 8 bits: a step in it, channels last too, is finite and its loss within 2 % of float32's."""
-    x, y, losses = images(batch=8), torch.arange(8) % 5, []
-    for dtype in (torch.float32, torch.bfloat16):
-        for format_ in (torch.contiguous_format, torch.channels_last):
-            model = make(name).train().to(memory_format=format_)
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-                loss = nn.functional.cross_entropy(model(x.to(memory_format=format_)), y)
-            loss.backward()
-            assert all(p.grad.isfinite().all() for p in model.parameters())
-            losses.append(loss.item())
+    losses = step_losses(lambda: awake(name), images(batch=8), torch.arange(8) % 5, tolerance=0.02)
     assert losses == pytest.approx([losses[0]] * 4, rel=0.02)
 
 

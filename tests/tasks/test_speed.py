@@ -31,7 +31,6 @@ def train(net, batches, graph: bool):
         torch.cuda.manual_seed(step)
         if graph and captured is None:
             captured = TrainingGraph(net, images)
-            torch.cuda.manual_seed(step)
         loss = net(images).square().mean()
         loss.backward()
         optimizer.step()

@@ -104,3 +104,9 @@ def test_as_a_command(tmp_path, weights):
     done = subprocess.run([sys.executable, TOOL, tmp_path / "w.pth"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--trust" in done.stderr
+
+
+def test_weights_are_looked_for_where_the_backbones_look():
+    from zoo.backbones import CHECKPOINT_KEYS
+
+    assert convert.KEYS == CHECKPOINT_KEYS

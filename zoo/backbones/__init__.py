@@ -14,8 +14,11 @@ from zoo.backbones import (
     uniformer_tl,
     vit,
 )
+from zoo.backbones._build import CHECKPOINT_KEYS, UnfitWeightsError
 
 __all__ = [
+    "CHECKPOINT_KEYS",
+    "UnfitWeightsError",
     "attention_resnet",
     "cswin",
     "halonet",

@@ -2,7 +2,7 @@
 
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed
@@ -11,15 +11,66 @@ from torch import Tensor, nn
 
 from zoo.errors import UsageError
 
+# Where training programs put the weights inside a file, best first as timm reads them: averaged before raw ones.
+CHECKPOINT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+Filter = Callable[[Mapping[str, Any], Any], dict[str, Tensor]]
 
-def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
-    """timm's `build_model_with_cfg`.
+
+class UnfitWeightsError(UsageError):
+    """A file's weights are those of another network; `problem` says which are there and which are missing."""
+
+    def __init__(self, variant: str, problem: str):
+        super().__init__(
+            f"the weights do not fit {variant}: {problem}. Give the name, attention and options they were made with."
+        )
+        self.problem = problem
+
+
+def build(
+    cls: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    filter_fn: Filter,
+    *,
+    out_indices: int | Sequence[int] = (0, 1, 2, 3),
+    **kwargs: Any,
+) -> Any:
+    """timm's `build_model_with_cfg` for networks that give their maps themselves.
+
+    Args:
+        filter_fn: turns the content of a file into a state of the network.
+        out_indices: maps of a `features_only` network.
+        kwargs: of the network, and timm's own.
 
     Raises:
-        UsageError: the weights file pickles more than tensors, so that opening it could run code, or is none at all.
+        UsageError: the weights file pickles more than tensors, so that opening it could run code, is none at all, or
+            holds the weights of another network.
     """
+
+    def fitted(content: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
+        state = filter_fn(content, model)
+        # timm loads a file with another classifier loosely: what else does not fit would be left out in silence.
+        problem = unfit(state, model)
+        if problem:
+            raise UnfitWeightsError(variant, problem)
+        return state
+
     try:
-        return build_model_with_cfg(cls, variant, pretrained, **kwargs)
+        return build_model_with_cfg(
+            cls,
+            variant,
+            pretrained,
+            pretrained_filter_fn=fitted,
+            feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+            **kwargs,
+        )
+    except AttributeError as error:
+        # timm asks whatever it has opened for its items.
+        if error.name != "items":
+            raise
+        raise UsageError(
+            f"the weights file for {variant} holds a {type(error.obj).__name__}, no weights by name"
+        ) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         # timm wraps torch's refusal in a RuntimeError that advises to turn the protection off.
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
@@ -41,9 +92,27 @@ def build(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -
         ) from error
 
 
+def unfit(state: Mapping[str, Tensor], model: Any) -> str:
+    """Which weights `state` lacks and brings, besides the classifier's, in words; "" if it fits."""
+    classifiers = model.pretrained_cfg["classifier"]
+    heads = tuple(
+        f"{name.partition('.')[0]}." for name in ((classifiers,) if isinstance(classifiers, str) else classifiers)
+    )
+    # Files of networks older than BatchNorm's counters do without them, and torch fills them in.
+    own = {key for key in model.state_dict() if not key.endswith("num_batches_tracked")}
+    found = {key for key in state if not key.endswith("num_batches_tracked")}
+    parts = []
+    for verb, keys in (("lack", own - found), ("bring", found - own)):
+        names = sorted(key for key in keys if not key.startswith(heads))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"they {verb} {', '.join(names[:3])}{more}")
+    return "; ".join(parts)
+
+
 def unwrap(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights inside a released checkpoint: bare, or under `model`, `state_dict`, `model_ema`, `state_dict_ema`."""
-    for key in ("model", "state_dict", "model_ema", "state_dict_ema", "module"):
+    """The weights inside a released checkpoint: bare, or under the first of CHECKPOINT_KEYS."""
+    for key in CHECKPOINT_KEYS:
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
             break
@@ -55,8 +124,8 @@ def fit_positions(
 ) -> Tensor:
     """A file's table of positions (1, P + h*w, C), resized to `grid_size`.
 
-    h x w is what the config's `input_size` gives with the file's `patch_size`, where that fits, else a square, else the
-    model's own grid.
+    h x w is what the config's `input_size` gives with the file's `patch_size`, where that fits, else `grid_size`, else
+    a square.
 
     Raises:
         UsageError: none of them fits.
@@ -64,8 +133,8 @@ def fit_positions(
     count = table.shape[1] - num_prefix_tokens
     size = model.pretrained_cfg["input_size"][-2:]
     side = math.isqrt(max(count, 0))
-    candidates = [tuple(-(-length // patch) for length, patch in zip(size, patch_size, strict=True)), (side, side)]
-    grid = next((found for found in [*candidates, tuple(grid_size)] if math.prod(found) == count), None)
+    told = tuple(-(-length // patch) for length, patch in zip(size, patch_size, strict=True))
+    grid = next((found for found in (told, tuple(grid_size), (side, side)) if math.prod(found) == count), None)
     if grid is None:
         raise UsageError(
             f"the file's table of positions has {count} places, which is no square; say for which image size it was "

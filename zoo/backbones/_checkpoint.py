@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
+from timm.layers import resample_patch_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
+
+from zoo.backbones._build import fit_positions
 
 
 def rename(state: Mapping[str, Tensor], rules: Mapping[str, str | Callable[[re.Match[str]], str]]) -> dict[str, Tensor]:
@@ -43,16 +45,23 @@ def fit(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _resized(key: str, value: Tensor, own: Tensor, model: nn.Module) -> Tensor:
-    """Positions and patches for another size; a table in a file belongs to a square grid."""
+    """Positions and patches for another size."""
+    module: Any = model.get_submodule(key.rpartition(".")[0])
+    # Tables of two grids can have the same number of places: these look at the grids, not at the shape.
+    if key.endswith("positional_encoding"):
+        return fit_positions(value, model, module.grid_size, 0, _strides(key, model))
+    if key.endswith("pos_embed"):
+        return fit_positions(value, model, module.resize_pos.grid_size, 0, _strides(key, model))
     if value.shape == own.shape:
         return value
-    module: Any = model.get_submodule(key.rpartition(".")[0])
     if key.endswith("relative_position_bias_table"):
         return resize_rel_pos_bias_table(value, new_window_size=module.window_size, new_bias_shape=own.shape)
-    if key.endswith("positional_encoding"):
-        return resample_abs_pos_embed(value, list(module.grid_size), num_prefix_tokens=0)
-    if key.endswith("pos_embed"):
-        return resample_abs_pos_embed(value, list(module.resize_pos.grid_size), num_prefix_tokens=0)
     if key == "patch_embed.proj.weight" and value.shape[2:] != own.shape[2:]:
         return resample_patch_embed(value, list(own.shape[2:]), interpolation="bicubic", antialias=True)
     return value
+
+
+def _strides(key: str, model: Any) -> tuple[int, int]:
+    """Pixels between the places of the stage that `key` belongs to, along each side."""
+    stage = int(key.split(".")[1])
+    return (model.feature_info[stage]["reduction"],) * 2

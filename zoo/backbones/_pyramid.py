@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    Mlp,
-    calculate_drop_path_rates,
-    to_2tuple,
-    trunc_normal_,
-)
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint, register_notrace_module
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.attention import create_attention, with_defaults
-from zoo.errors import UsageError, unknown
+from zoo.attention import with_defaults
+from zoo.backbones._staged import (
+    StagedNetwork,
+    attention_per_stage,
+    check_num_classes,
+    per_stage,
+    residual_attention,
+    stage_grids,
+)
 from zoo.layers.position import TableResize
 
 
@@ -39,7 +38,7 @@ class Place:
     def create(self, name: str, options: Mapping[str, Any] | None = None, **defaults: Any) -> nn.Module:
         """The mechanism `name` with the user's options over the host's defaults."""
         merged = with_defaults(name, options, {**self.defaults, **defaults})
-        return create_attention(name, self.dim, grid_size=self.grid_size, **merged)
+        return residual_attention(name, self.dim, grid_size=self.grid_size, **merged)
 
 
 @register_notrace_module  # it pads by the size of the image
@@ -130,7 +129,7 @@ class Stage(nn.Module):
         return self.norm(x).transpose(1, 2).unflatten(2, grid)
 
 
-class Pyramid(nn.Module):
+class Pyramid(StagedNetwork):
     """A pyramid of transformer stages with all of timm's interface; each network says what its stages are made of.
 
     Images (B, in_chans, H, W) of any size; stage i answers (B, dims[i], ceil(H / r), ceil(W / r)) with r = patch_size
@@ -147,6 +146,9 @@ class Pyramid(nn.Module):
 
     The other arguments are those of the networks.
     """
+
+    head: Any
+    patch_embed: Any
 
     def __init__(
         self,
@@ -176,15 +178,14 @@ class Pyramid(nn.Module):
     ):
         super().__init__()
         count = len(depths)
-        self.num_classes = num_classes
-        self.num_features = dims[-1]
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=False)
-        names, options = per_stage("attn", attn, count), per_stage("attn_options", attn_options, count)
+        names, options = attention_per_stage(attn, attn_options, count)
+        dims, num_heads = per_stage("embed_dims", dims, count), per_stage("num_heads", num_heads, count)
+        mlp_ratios = per_stage("mlp_ratios", mlp_ratios, count)
         grids = stage_grids(img_size, patch_size, count)
         drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
 
         self.patch_embed = embeds[0]
-        self.stages = nn.ModuleList()
         for stage, (dim, grid) in enumerate(zip(dims, grids, strict=True)):
             defaults = {"num_heads": num_heads[stage], "qkv_bias": qkv_bias, **drops}
             place = partial(Place, stage, dim=dim, grid_size=grid, name=names[stage], options=options[stage])
@@ -208,9 +209,14 @@ class Pyramid(nn.Module):
             for stage, dim in enumerate(dims)
         ]
         self.norm = nn.LayerNorm(dims[-1], eps=norm_eps) if final_norm else nn.Identity()
-        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        self.head_hidden_size = pooled_width(self.head)
+        self.make_head(dims[-1], num_classes, global_pool, drop_rate)
         self.init_weights()
+
+    def make_head(self, num_features: int, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        check_num_classes(num_classes)
+        self.num_classes, self.num_features = num_classes, num_features
+        self.head = ClassifierHead(num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.head_hidden_size = pooled_width(self.head)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -238,119 +244,26 @@ class Pyramid(nn.Module):
         return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Exchanges the classifier, and the pooling before it if one is named."""
-        self.num_classes = num_classes
+        check_num_classes(num_classes)
+        self.num_classes, self.head.in_features = num_classes, self.num_features
         like = self.patch_embed.proj.weight
         self.head.reset(num_classes, pool_type=global_pool)
         self.head.to(device=like.device, dtype=like.dtype)
         self.head_hidden_size = pooled_width(self.head)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> map (B, num_features, h, w), channels last."""
-        x = self.patch_embed(x)
-        for stage in self.stages:
-            x = stage(x)
+    def close(self, x: Tensor) -> Tensor:
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map (B, num_features, h, w) -> logits (B, num_classes), or features (B, num_features) if `pre_logits`."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    @torch.jit.ignore
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """What stages answer, as timm's networks give it.
-
-        Args:
-            x: images (B, in_chans, H, W).
-            indices: stages to take: the last n, a list of indices, or None for all.
-            norm: apply the final norm to the last stage's map (the others have fewer channels).
-            stop_early: leave out the stages after the last one taken.
-            output_fmt: "NCHW" for maps (B, C, h, w), "NHWC" for (B, h, w, C); the memory is the same.
-            intermediates_only: give the intermediates alone, without the final map.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise unknown("output_fmt", output_fmt, ("NCHW", "NHWC"))
-        take, last = feature_take_indices(len(self.stages), indices)
-        final = len(self.stages) - 1
-        x = self.patch_embed(x)
-        taken = []
-        for index, stage in enumerate(self.stages):
-            if index > last and stop_early:
-                break
-            x = stage(x)
-            closed = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if index == final else x
-            if index in take:
-                taken.append(closed if norm else x)
-            x = closed
-        if output_fmt == "NHWC":
-            taken = [map_.permute(0, 2, 3, 1) for map_ in taken]
-        return taken if intermediates_only else (x, taken)
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drops the stages after the last one taken; the norm and head go with them, or on request."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if shortened:
-            self.num_features = self.head.in_features = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
-
 
 def pooled_width(head: ClassifierHead) -> int:
     """Features that the classifier of `head` sees: twice the map's for pooling that concatenates."""
     return head.in_features * head.global_pool.feat_mult()
-
-
-def per_stage(what: str, value: Any, count: int) -> list[Any]:
-    """One value a stage from one for all or a sequence."""
-    if value is None or isinstance(value, (str, Mapping)):
-        return [value] * count
-    value = list(value)
-    if len(value) != count:
-        raise UsageError(f"{what} has {len(value)} entries, but there are {count} stages; give one for all or {count}")
-    return value
-
-
-def own_attention(kwargs: dict[str, Any], own: Sequence[str]) -> dict[str, Any]:
-    """The keywords with the paper's own attention wherever the user names none."""
-    given = per_stage("attn", kwargs.get("attn"), len(own))
-    return {**kwargs, "attn": [name or paper for name, paper in zip(given, own, strict=True)]}
-
-
-def stage_grids(img_size: int | tuple[int, int], patch_size: int, count: int) -> list[tuple[int, int]]:
-    """The grid of every stage for images of a size."""
-    height, width = to_2tuple(img_size)
-    height, width = -(-height // patch_size), -(-width // patch_size)
-    grids = []
-    for _ in range(count):
-        grids.append((height, width))
-        height, width = (height + 1) // 2, (width + 1) // 2
-    return grids

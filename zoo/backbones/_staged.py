@@ -1,13 +1,15 @@
 """timm's interface for networks that are a stem, stages over maps and a classifier over the pooled map."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d, trunc_normal_
+from timm.layers import SelectAdaptivePool2d, to_2tuple, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from zoo.attention import Attention, create_attention
 from zoo.errors import UsageError, unknown
 
 
@@ -58,6 +60,7 @@ class StagedNetwork(nn.Module):
     def _set_head(self, num_classes: int, global_pool: str) -> None:
         if global_pool not in ("", "avg", "max", "avgmax"):
             raise unknown("global_pool", global_pool, ("avg", "max", "avgmax", ""))
+        check_num_classes(num_classes)
         if num_classes and not global_pool:
             raise UsageError("a classifier needs a pooled map: give global_pool='avg', or num_classes=0")
         self.num_classes = num_classes
@@ -92,6 +95,10 @@ class StagedNetwork(nn.Module):
         x = self.patch_embed(x)
         for stage in self.stages:
             x = stage(x)
+        return self.close(x)
+
+    def close(self, x: Tensor) -> Tensor:
+        """The last stage's map x (B, C, H, W) after the final norm."""
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -135,7 +142,7 @@ class StagedNetwork(nn.Module):
             raise unknown("output_fmt", output_fmt, ("NCHW", "NHWC"))
         take, last = feature_take_indices(len(self.stages), indices)
         maps = self.stage_maps(x, last + 1 if stop_early else len(self.stages))
-        final = self.norm(maps[-1]) if len(maps) == len(self.stages) else maps[-1]
+        final = self.close(maps[-1]) if len(maps) == len(self.stages) else maps[-1]
         taken = [final if norm and index == len(self.stages) - 1 else maps[index] for index in take]
         if output_fmt == "NHWC":
             taken = [map_.permute(0, 2, 3, 1) for map_ in taken]
@@ -156,3 +163,77 @@ class StagedNetwork(nn.Module):
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take
+
+
+def per_stage(what: str, value: Any, count: int) -> list[Any]:
+    """One value a stage: from a sequence of `count`, or from one name, number, mapping or None for all.
+
+    Raises:
+        UsageError: it is something else, or has another length.
+    """
+    if value is None or isinstance(value, (str, Mapping, int, float)):
+        return [value] * count
+    values = list(value) if isinstance(value, Sequence) else None
+    if values is None or len(values) != count:
+        found = f"has {len(values)} entries" if values is not None else f"is {value!r}"
+        raise UsageError(f"{what} {found}, but there are {count} stages; give one for all or a sequence of {count}")
+    return values
+
+
+def attention_per_stage(attn: Any, attn_options: Any, count: int) -> tuple[list[str | None], list[Mapping | None]]:
+    """The names and the options that the user gives each stage; None where the user gives none.
+
+    Raises:
+        UsageError: they are no names and no mappings, or not as many as stages.
+    """
+    names, options = per_stage("attn", attn, count), per_stage("attn_options", attn_options, count)
+    if not all(name is None or isinstance(name, str) for name in names):
+        raise UsageError(
+            f"attn={attn!r}: give the name of an attention, for all stages, or a sequence of {count} names, where None "
+            "keeps the network's own"
+        )
+    if not all(option is None or isinstance(option, Mapping) for option in options):
+        raise UsageError(
+            f"attn_options={attn_options!r}: give a mapping of options, for all stages, or a sequence of {count} of "
+            "them, where None stands for none"
+        )
+    return names, options
+
+
+def own_attention(kwargs: dict[str, Any], own: Sequence[str]) -> dict[str, Any]:
+    """The keywords with the paper's own attention wherever the user names none."""
+    given = per_stage("attn", kwargs.get("attn"), len(own))
+    return {**kwargs, "attn": [paper if name is None else name for name, paper in zip(given, own, strict=True)]}
+
+
+def residual_attention(name: str, dim: int, **options: Any) -> Attention:
+    """`create_attention` for a branch beside an identity.
+
+    Raises:
+        UsageError: as there, or the options change the channels or the grid.
+    """
+    attention = create_attention(name, dim, **options)
+    if attention.dim_out != dim or attention.out_grid((8, 8)) != (8, 8):
+        raise UsageError(
+            f"attention {name!r} with these options answers {attention.dim_out} channels on a grid of "
+            f"{attention.out_grid((8, 8))} for {dim} on (8, 8), but here it is added to what it gets: leave out "
+            "dim_out and stride"
+        )
+    return attention
+
+
+def check_num_classes(num_classes: int) -> None:
+    """Raises UsageError for a number of classes that cannot be."""
+    if num_classes < 0:
+        raise UsageError(f"num_classes={num_classes}: give the number of classes, or 0 for no classifier")
+
+
+def stage_grids(img_size: int | tuple[int, int], patch_size: int, count: int) -> list[tuple[int, int]]:
+    """The grid of every stage for images of a size."""
+    height, width = to_2tuple(img_size)
+    height, width = -(-height // patch_size), -(-width // patch_size)
+    grids = []
+    for _ in range(count):
+        grids.append((height, width))
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return grids

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from zoo.attention import Attention, attention_spec, create_attention, with_defaults
 from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import rename
-from zoo.backbones._pyramid import per_stage, stage_grids
-from zoo.backbones._staged import MapStage, StagedNetwork
+from zoo.backbones._staged import MapStage, StagedNetwork, per_stage, stage_grids
 from zoo.errors import UsageError
 from zoo.layers.conv_norm import ConvNorm, fuse_children
 
@@ -339,13 +338,11 @@ def create(variant: str, pretrained: bool, own: Mapping[str, Any], **kwargs: Any
     mixers = {name: dict(options) for name, options in own.get("mixer_options", {}).items()}
     for name, options in (kwargs.pop("mixer_options", None) or {}).items():
         mixers[name] = {**mixers.get(name, {}), **options}
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
     return build(
         AttentionResNet,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        checkpoint_filter_fn,
         **{**own, "mixer_options": mixers, **kwargs},
     )
 

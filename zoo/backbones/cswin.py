@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import fit, rename, stage_of
-from zoo.backbones._pyramid import Embed, Place, Pyramid, own_attention
+from zoo.backbones._pyramid import Embed, Place, Pyramid
+from zoo.backbones._staged import own_attention, per_stage
 
 __all__ = ["CSWinTransformer"]
 
@@ -57,12 +58,13 @@ class CSWinTransformer(Pyramid):
         drop_path_rate: float = 0.0,
     ):
         def attend(place: Place) -> nn.Module:
-            name, options = place.name or "softmax", place.options
-            width = stripe_widths[place.stage]
+            name, options = "softmax" if place.name is None else place.name, place.options
+            width = widths[place.stage]
             if name == "softmax" and width is not None:
                 name, options = "cross_window", {"inner_options": options or {}}
             return place.create(name, options, lepe=3, **({} if width is None else {"stripe_width": width}))
 
+        widths = per_stage("stripe_widths", stripe_widths, len(depths))
         dims = [embed_dim * 2**stage for stage in range(len(depths))]
         super().__init__(
             img_size=img_size,
@@ -178,15 +180,7 @@ _FLATTEN = ("focused_linear", "focused_linear", "softmax", "softmax")
 
 
 def _create_cswin(variant: str, pretrained: bool, **kwargs: Any) -> CSWinTransformer:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build(
-        CSWinTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(CSWinTransformer, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

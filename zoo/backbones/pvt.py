@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import fit, rename, stage_of
-from zoo.backbones._pyramid import Embed, Place, Pyramid, own_attention
+from zoo.backbones._pyramid import Embed, Place, Pyramid
+from zoo.backbones._staged import own_attention, per_stage
 
 __all__ = ["PyramidVisionTransformer"]
 
@@ -59,11 +60,12 @@ class PyramidVisionTransformer(Pyramid):
         drop_path_rate: float = 0.0,
     ):
         def attend(place: Place) -> nn.Module:
-            name = place.name or "softmax"
+            name = "softmax" if place.name is None else place.name
             # Not in a window: it would reduce the keys of each.
-            reduction = {"sr_ratio": sr_ratios[place.stage]} if name == "softmax" else {}
+            reduction = {"sr_ratio": ratios[place.stage]} if name == "softmax" else {}
             return place.create(name, place.options, **reduction)
 
+        ratios = per_stage("sr_ratios", sr_ratios, len(depths))
         steps = pairwise(embed_dims)
         super().__init__(
             img_size=img_size,
@@ -158,15 +160,7 @@ _FLATTEN = ("focused_linear",) * 4
 
 
 def _create_pvt(variant: str, pretrained: bool, **kwargs: Any) -> PyramidVisionTransformer:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build(
-        PyramidVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(PyramidVisionTransformer, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

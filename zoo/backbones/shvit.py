@@ -14,11 +14,19 @@ from timm.layers import DropPath, SqueezeExcite, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.attention import SingleHeadAttention, create_attention, with_defaults
+from zoo.attention import SingleHeadAttention, with_defaults
 from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import rename, stage_of
-from zoo.backbones._pyramid import per_stage, stage_grids
-from zoo.backbones._staged import MapStage, StagedNetwork, linear_classifier
+from zoo.backbones._staged import (
+    MapStage,
+    StagedNetwork,
+    attention_per_stage,
+    linear_classifier,
+    per_stage,
+    residual_attention,
+    stage_grids,
+)
+from zoo.errors import UsageError
 from zoo.layers.conv_norm import ConvNorm, NormLinear, ResidualDepthwise, fuse_children
 
 __all__ = ["SHViT"]
@@ -114,12 +122,15 @@ class SHViT(StagedNetwork):
     ):
         super().__init__()
         count = len(depths)
-        names = per_stage("attn", attn, count)
+        names, options = attention_per_stage(attn, attn_options, count)
+        embed_dims = per_stage("embed_dims", embed_dims, count)
+        partial_dims = per_stage("partial_dims", partial_dims, count)
         if attn is None or isinstance(attn, str):
             names[0] = None
         own = [None, *["single_head"] * (count - 1)]
-        names = [name or paper for name, paper in zip(names, own, strict=True)]
-        options = per_stage("attn_options", attn_options, count)
+        names = [paper if name is None else name for name, paper in zip(names, own, strict=True)]
+        if names[0] is None and options[0] and not isinstance(attn_options, Mapping):
+            raise UsageError(f"attn_options has {options[0]} for the first stage, which has no attention; give it one")
         grids = stage_grids(img_size, 16, count)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
@@ -135,7 +146,7 @@ class SHViT(StagedNetwork):
                 mixer = None
                 if name is not None:
                     merged = with_defaults(name, options[stage], defaults)
-                    mixer = create_attention(name, dim, layout="map", grid_size=grids[stage], **merged)
+                    mixer = residual_attention(name, dim, layout="map", grid_size=grids[stage], **merged)
                 blocks.append(Block(dim, mixer, mlp_ratio, rate))
             down = self._downsample(embed_dims[stage - 1], dim, mlp_ratio) if stage else nn.Identity()
             self.stages.append(MapStage(down, blocks))
@@ -255,15 +266,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_shvit(variant: str, pretrained: bool, **kwargs: Any) -> SHViT:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2))
-    return build(
-        SHViT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(SHViT, variant, pretrained, checkpoint_filter_fn, **{"out_indices": (0, 1, 2), **kwargs})
 
 
 @register_model

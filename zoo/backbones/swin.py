@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from zoo.attention import attention_spec
 from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import fit, rename, stage_of
-from zoo.backbones._pyramid import Embed, Place, Pyramid, own_attention
+from zoo.backbones._pyramid import Embed, Place, Pyramid
+from zoo.backbones._staged import own_attention
 
 __all__ = ["SwinTransformer"]
 
@@ -45,7 +46,8 @@ def _attend(place: Place, window_size: int | tuple[int, int]) -> nn.Module:
 
     "shifted_window" by name is the same alternation over the `inner` mechanism of the user's options.
     """
-    name, options = place.name or "softmax", dict(place.options or {})
+    name = "softmax" if place.name is None else place.name
+    options = dict(place.options or {})
     if name == "softmax":
         name, options = "shifted_window", {"inner_options": options}
     biased = "bias" in attention_spec(options.get("inner", "softmax")).supports
@@ -193,15 +195,7 @@ _FLATTEN = ("focused_linear", "focused_linear", "softmax", "softmax")
 
 
 def _create_swin(variant: str, pretrained: bool, **kwargs: Any) -> SwinTransformer:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build(
-        SwinTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(SwinTransformer, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -12,11 +12,19 @@ from timm.layers import DropPath, LayerScale, LayerScale2d, Mlp, calculate_drop_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.attention import attention_spec, create_attention, with_defaults
+from zoo.attention import attention_spec, with_defaults
 from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import rename, stage_of
-from zoo.backbones._pyramid import Embed, per_stage, stage_grids
-from zoo.backbones._staged import MapStage, StagedNetwork, linear_classifier
+from zoo.backbones._pyramid import Embed
+from zoo.backbones._staged import (
+    MapStage,
+    StagedNetwork,
+    attention_per_stage,
+    linear_classifier,
+    per_stage,
+    residual_attention,
+    stage_grids,
+)
 from zoo.errors import UsageError
 from zoo.layers.conv_norm import ConvNorm
 
@@ -135,9 +143,9 @@ class UniFormer(StagedNetwork):
     ):
         super().__init__()
         count = len(depths)
-        names, options = per_stage("attn", attn, count), per_stage("attn_options", attn_options, count)
-        one = init_values is None or isinstance(init_values, (int, float))
-        scales = per_stage("init_values", [init_values] * count if one else init_values, count)
+        names, options = attention_per_stage(attn, attn_options, count)
+        embed_dims = per_stage("embed_dims", embed_dims, count)
+        scales = per_stage("init_values", init_values, count)
         grids = stage_grids(img_size, 4, count)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         defaults = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
@@ -145,13 +153,15 @@ class UniFormer(StagedNetwork):
         self.patch_embed = _stem(in_chans, embed_dims[0], conv_stem)
         for stage, dim in enumerate(embed_dims):
             local = stage < 2
-            name = names[stage] or ("local_relation" if local else "softmax")
+            own = "local_relation" if local else "softmax"
+            given = names[stage]
+            name = own if given is None else given
             heads = {"num_heads": _heads(name, options[stage] or {}, dim, head_dim)}
             merged = with_defaults(name, options[stage], {**defaults, **heads})
             blocks = []
             for rate in rates[stage]:
                 layout = "map" if local else "tokens"
-                mixer = create_attention(name, dim, layout=layout, grid_size=grids[stage], **merged)
+                mixer = residual_attention(name, dim, layout=layout, grid_size=grids[stage], **merged)
                 blocks.append(self.make_block(stage, dim, mixer, mlp_ratio, proj_drop_rate, rate, scales[stage]))
             down = _downsample(embed_dims[stage - 1], dim, conv_down) if stage else nn.Dropout(pos_drop_rate)
             self.stages.append(self.make_stage(stage, down, blocks, embed_dims))
@@ -320,15 +330,7 @@ BASE: dict[str, Any] = {"depths": (5, 8, 20, 7)}
 
 def create(cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> Any:
     """A network of this family through timm."""
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build(
-        cls,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(cls, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

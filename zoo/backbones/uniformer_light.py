@@ -13,12 +13,14 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.attention import SoftmaxAttention
-from zoo.backbones._pyramid import per_stage
-from zoo.backbones._staged import linear_classifier
+from zoo.backbones._staged import linear_classifier, per_stage
 from zoo.backbones.uniformer import LocalBlock, UniFormer, cfg, create
 from zoo.errors import UsageError
 
 __all__ = ["ShrinkingUniFormer"]
+
+# The smallest normal float32.
+TINY = torch.finfo(torch.float32).tiny
 
 
 class ShrinkingBlock(nn.Module):
@@ -76,7 +78,8 @@ class ShrinkingBlock(nn.Module):
         index = order.unsqueeze(2).expand(-1, -1, tokens.shape[2])
         tokens = tokens.gather(1, index)
         rest = tokens[:, keep:]
-        share = score[:, keep:] / score[:, keep:].sum(dim=1, keepdim=True)
+        # Scores of tokens that no one attends to may all be zero in float32.
+        share = score[:, keep:] / score[:, keep:].sum(dim=1, keepdim=True).clamp_min(TINY)
         stand_in = (rest * share.unsqueeze(2).to(rest.dtype)).sum(dim=1, keepdim=True)
 
         mixed, row, attended, fed = self.mix(torch.cat([cls, tokens[:, :keep], stand_in], dim=1))
@@ -157,7 +160,7 @@ def pool_scores(score: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     cells = score.reshape(-1, 1, grid[0], grid[1])
     small = F.avg_pool2d(cells, 2, ceil_mode=True, count_include_pad=False).flatten(1)
-    return small * (score.sum(dim=1, keepdim=True) / small.sum(dim=1, keepdim=True))
+    return small * (score.sum(dim=1, keepdim=True) / small.sum(dim=1, keepdim=True).clamp_min(TINY))
 
 
 class ShrinkingUniFormer(UniFormer):

@@ -428,15 +428,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vit(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
-    out_indices = kwargs.pop("out_indices", 3)
-    return build(
-        VisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **kwargs,
-    )
+    return build(VisionTransformer, variant, pretrained, checkpoint_filter_fn, **{"out_indices": 3, **kwargs})
 
 
 _TINY = {"embed_dim": 192, "num_heads": 3}

@@ -10,7 +10,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-import zoo.backbones  # noqa: F401  (registers the zoo_* names with timm)
+from zoo.backbones import UnfitWeightsError  # importing it registers the zoo_* names with timm
 from zoo.errors import UsageError, unknown
 from zoo.tasks.weights import read_weights
 
@@ -126,7 +126,7 @@ def _with_weights(name: str, num_classes: int, arguments: Mapping[str, Any], pat
     config = get_pretrained_cfg(name)
     # A file whose classifier goes by another name is renamed by the backbone's own filter: only trying can tell.
     candidates = [found] if found is not None else list(dict.fromkeys([config.num_classes if config else 1000, 0]))
-    failures = []
+    failures: list[Exception] = []
     for classes in candidates:
         try:
             model = timm.create_model(
@@ -137,6 +137,8 @@ def _with_weights(name: str, num_classes: int, arguments: Mapping[str, Any], pat
                 **arguments,
             )
             break
+        except UnfitWeightsError as error:
+            failures.append(ValueError(error.problem))
         except UsageError:
             raise
         except _BUILD_ERRORS as error:

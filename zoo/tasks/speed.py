@@ -44,6 +44,8 @@ class TrainingGraph:
 
     def __init__(self, backbone: nn.Module, images: Tensor):
         buffers = [buffer.clone() for buffer in backbone.buffers()]
+        # Of the current device; the networks' own steps must draw what they would without graphs.
+        random = torch.cuda.get_rng_state()
         self._backbone, self._shape, self._eager = backbone, images.shape, backbone.forward
         # The graphs keep their gradients' nodes, made on another stream, for good: to torch that looks like a leak.
         warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
@@ -53,9 +55,10 @@ class TrainingGraph:
             torch.cuda.make_graphed_callables(backbone, (images,), allow_unused_input=True)
         self._graphed = backbone.forward
         backbone.forward = self._forward  # type: ignore[method-assign]
-        # Making the graphs ran the network a few times: its running statistics have not seen those.
+        # Making the graphs ran the network a few times: its running statistics and random layers have not seen those.
         for buffer, before in zip(backbone.buffers(), buffers, strict=True):
             buffer.copy_(before)
+        torch.cuda.set_rng_state(random)
 
     def _forward(self, images: Tensor) -> Tensor:
         return (self._graphed if images.shape == self._shape else self._eager)(images)

@@ -9,10 +9,8 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from zoo.backbones import CHECKPOINT_KEYS
 from zoo.errors import UsageError
-
-# Where training programs put the weights inside a file, best first: averaged weights before raw ones.
-_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def read_file(path: str | Path) -> Any:
@@ -53,7 +51,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     content = read_file(path)
     if isinstance(content, Mapping):
-        for key in _KEYS:
+        for key in CHECKPOINT_KEYS:
             if isinstance(content.get(key), Mapping):
                 content = content[key]
                 break
