@@ -5,11 +5,27 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from zoo.errors import UsageError
+
+
+def imagenet_cfg(**kwargs: Any) -> dict[str, Any]:
+    """The facts that timm keeps about a network and its weights, of 1,000 classes at 224 pixels unless given."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
 
 # Where training programs put the weights inside a file, best first as timm reads them: averaged before raw ones.
 CHECKPOINT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")

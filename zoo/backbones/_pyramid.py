@@ -12,6 +12,7 @@ from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
 from zoo.attention import with_defaults
+from zoo.backbones._build import imagenet_cfg
 from zoo.backbones._staged import (
     StagedNetwork,
     attention_per_stage,
@@ -267,3 +268,25 @@ class Pyramid(StagedNetwork):
 def pooled_width(head: ClassifierHead) -> int:
     """Features that the classifier of `head` sees: twice the map's for pooling that concatenates."""
     return head.in_features * head.global_pool.feat_mult()
+
+
+def pyramid_cfg(**kwargs: Any) -> dict[str, Any]:
+    """`imagenet_cfg` of a pyramid."""
+    own = {"pool_size": (7, 7), "first_conv": "patch_embed.proj", "classifier": "head.fc"}
+    return imagenet_cfg(**{**own, **kwargs})
+
+
+def flatten_cfg(origin_url: str = "https://github.com/LeapLabTHU/FLatten-Transformer", **kwargs: Any) -> dict[str, Any]:
+    """`pyramid_cfg` of a network with focused linear attention by its authors."""
+    # They evaluate on images squashed to a square. Their links answer with a file that has no name, which timm cannot
+    # cache, so they are the origin.
+    own = {
+        "crop_pct": 0.875,
+        "crop_mode": "squash",
+        "license": "none stated",
+        "origin_url": origin_url,
+        "paper_ids": "arXiv:2308.00442",
+        "paper_name": "FLatten Transformer: Vision Transformer using Focused Linear Attention",
+        "notes": ("the authors' repository states no licence",),
+    }
+    return pyramid_cfg(**{**own, **kwargs})

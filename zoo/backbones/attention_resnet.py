@@ -9,13 +9,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SqueezeExcite, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.attention import Attention, attention_spec, create_attention, with_defaults
-from zoo.backbones._build import build, unwrap
+from zoo.backbones._build import build, imagenet_cfg, unwrap
 from zoo.backbones._checkpoint import rename
 from zoo.backbones._staged import MapStage, StagedNetwork, per_stage, stage_grids
 from zoo.errors import UsageError
@@ -309,19 +308,14 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
 def cfg(**kwargs: Any) -> dict[str, Any]:
     """The facts about a network whose weights nobody published; its licence is this project's."""
     size = kwargs.get("input_size", (3, 224, 224))
-    return {
-        "num_classes": 1000,
+    own = {
         "input_size": size,
         "pool_size": (-(-size[1] // 32), -(-size[2] // 32)),
         "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.0.conv",
         "classifier": "head",
-        "license": "apache-2.0",
-        **kwargs,
     }
+    return imagenet_cfg(**{**own, **kwargs})
 
 
 default_cfgs = generate_default_cfgs(

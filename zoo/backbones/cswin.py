@@ -8,13 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import fit, rename, stage_of
-from zoo.backbones._pyramid import Embed, Place, Pyramid
+from zoo.backbones._pyramid import Embed, Place, Pyramid, flatten_cfg, pyramid_cfg
 from zoo.backbones._staged import own_attention, per_stage
 
 __all__ = ["CSWinTransformer"]
@@ -125,37 +124,13 @@ def _halves(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
+    own = {
         "license": "mit",
         "paper_ids": "arXiv:2107.00652",
         "paper_name": "CSWin Transformer: A General Vision Transformer Backbone with Cross-Shaped Windows",
         "origin_url": "https://github.com/microsoft/CSWin-Transformer",
-        **kwargs,
     }
-
-
-def _flatten(origin_url: str = "https://github.com/LeapLabTHU/FLatten-Transformer", **kwargs: Any) -> dict[str, Any]:
-    # The authors evaluate on images squashed to a square. Their links answer with a file that has no name, which timm
-    # cannot cache, so they are the origin.
-    own = {
-        "crop_pct": 0.875,
-        "crop_mode": "squash",
-        "license": "none stated",
-        "origin_url": origin_url,
-        "paper_ids": "arXiv:2308.00442",
-        "paper_name": "FLatten Transformer: Vision Transformer using Focused Linear Attention",
-        "notes": ("the authors' repository states no licence",),
-    }
-    return _cfg(**{**own, **kwargs})
+    return pyramid_cfg(**{**own, **kwargs})
 
 
 _CFG_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
@@ -166,10 +141,10 @@ default_cfgs = generate_default_cfgs(
         "zoo_cswin_small.in1k": _cfg(),
         "zoo_cswin_base.in1k": _cfg(),
         "zoo_cswin_base_384.in1k": _cfg(**_CFG_384),
-        "zoo_flatten_cswin_tiny.in1k": _flatten("https://cloud.tsinghua.edu.cn/f/48ba765ba8b0451d9d5a/?dl=1"),
-        "zoo_flatten_cswin_small": _flatten(),
-        "zoo_flatten_cswin_base": _flatten(),
-        "zoo_flatten_cswin_base_384": _flatten(**_CFG_384),
+        "zoo_flatten_cswin_tiny.in1k": flatten_cfg("https://cloud.tsinghua.edu.cn/f/48ba765ba8b0451d9d5a/?dl=1"),
+        "zoo_flatten_cswin_small": flatten_cfg(),
+        "zoo_flatten_cswin_base": flatten_cfg(),
+        "zoo_flatten_cswin_base_384": flatten_cfg(**_CFG_384),
     }
 )
 

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import fit, rename, stage_of
-from zoo.backbones._pyramid import Embed, Place, Pyramid
+from zoo.backbones._pyramid import Embed, Place, Pyramid, flatten_cfg, pyramid_cfg
 from zoo.backbones._staged import own_attention, per_stage
 
 __all__ = ["PyramidVisionTransformer"]
@@ -108,36 +107,12 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PyramidVisionTran
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
+    own = {
         "paper_ids": "arXiv:2102.12122",
         "paper_name": "Pyramid Vision Transformer: A Versatile Backbone for Dense Prediction without Convolutions",
         "notes": ("no weights: PVT's own files belong to a network with a class token",),
-        **kwargs,
     }
-
-
-def _flatten(origin_url: str = "https://github.com/LeapLabTHU/FLatten-Transformer") -> dict[str, Any]:
-    # The authors evaluate on images squashed to a square. Their links answer with a file that has no name, which timm
-    # cannot cache, so they are the origin.
-    return _cfg(
-        crop_pct=0.875,
-        crop_mode="squash",
-        license="none stated",
-        origin_url=origin_url,
-        paper_ids="arXiv:2308.00442",
-        paper_name="FLatten Transformer: Vision Transformer using Focused Linear Attention",
-        notes=("the authors' repository states no licence",),
-    )
+    return pyramid_cfg(**{**own, **kwargs})
 
 
 default_cfgs = generate_default_cfgs(
@@ -146,10 +121,10 @@ default_cfgs = generate_default_cfgs(
         "zoo_pvt_small": _cfg(),
         "zoo_pvt_medium": _cfg(),
         "zoo_pvt_large": _cfg(),
-        "zoo_flatten_pvt_tiny.in1k": _flatten("https://cloud.tsinghua.edu.cn/f/3ab1d773f19d45648690/?dl=1"),
-        "zoo_flatten_pvt_small": _flatten(),
-        "zoo_flatten_pvt_medium": _flatten(),
-        "zoo_flatten_pvt_large": _flatten(),
+        "zoo_flatten_pvt_tiny.in1k": flatten_cfg("https://cloud.tsinghua.edu.cn/f/3ab1d773f19d45648690/?dl=1"),
+        "zoo_flatten_pvt_small": flatten_cfg(),
+        "zoo_flatten_pvt_medium": flatten_cfg(),
+        "zoo_flatten_pvt_large": flatten_cfg(),
     }
 )
 

@@ -10,13 +10,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import fit, rename, stage_of
-from zoo.backbones._pyramid import Block, Embed, Place, Pyramid
+from zoo.backbones._pyramid import Block, Embed, Place, Pyramid, flatten_cfg, pyramid_cfg
 from zoo.backbones._staged import own_attention, per_stage
 
 __all__ = ["PyramidVisionTransformerV2"]
@@ -152,40 +151,16 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: PyramidVisionTran
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
+    own = {
         "paper_ids": "arXiv:2106.13797",
         "paper_name": "PVT v2: Improved Baselines with Pyramid Vision Transformer",
         "origin_url": "https://github.com/whai362/PVT",
-        **kwargs,
     }
+    return pyramid_cfg(**{**own, **kwargs})
 
 
 def _pvt(file: str) -> dict[str, Any]:
     return _cfg(url=f"https://github.com/whai362/PVT/releases/download/v2/{file}")
-
-
-def _flatten(origin_url: str = "https://github.com/LeapLabTHU/FLatten-Transformer") -> dict[str, Any]:
-    # The authors evaluate on images squashed to a square. Their links answer with a file that has no name, which timm
-    # cannot cache, so they are the origin.
-    return _cfg(
-        crop_pct=0.875,
-        crop_mode="squash",
-        license="none stated",
-        origin_url=origin_url,
-        paper_ids="arXiv:2308.00442",
-        paper_name="FLatten Transformer: Vision Transformer using Focused Linear Attention",
-        notes=("the authors' repository states no licence",),
-    )
 
 
 default_cfgs = generate_default_cfgs(
@@ -195,11 +170,11 @@ default_cfgs = generate_default_cfgs(
         "zoo_pvt_v2_b2.in1k": _pvt("pvt_v2_b2.pth"),
         "zoo_pvt_v2_b3.in1k": _pvt("pvt_v2_b3.pth"),
         "zoo_pvt_v2_b4.in1k": _pvt("pvt_v2_b4.pth"),
-        "zoo_flatten_pvt_v2_b0.in1k": _flatten("https://cloud.tsinghua.edu.cn/f/5d1f01532b104da28e7b/?dl=1"),
-        "zoo_flatten_pvt_v2_b1": _flatten(),
-        "zoo_flatten_pvt_v2_b2": _flatten(),
-        "zoo_flatten_pvt_v2_b3": _flatten(),
-        "zoo_flatten_pvt_v2_b4": _flatten(),
+        "zoo_flatten_pvt_v2_b0.in1k": flatten_cfg("https://cloud.tsinghua.edu.cn/f/5d1f01532b104da28e7b/?dl=1"),
+        "zoo_flatten_pvt_v2_b1": flatten_cfg(),
+        "zoo_flatten_pvt_v2_b2": flatten_cfg(),
+        "zoo_flatten_pvt_v2_b3": flatten_cfg(),
+        "zoo_flatten_pvt_v2_b4": flatten_cfg(),
     }
 )
 

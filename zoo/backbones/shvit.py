@@ -9,13 +9,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, SqueezeExcite, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.attention import SingleHeadAttention, with_defaults
-from zoo.backbones._build import build, unwrap
+from zoo.backbones._build import build, imagenet_cfg, unwrap
 from zoo.backbones._checkpoint import rename, stage_of
 from zoo.backbones._staged import (
     MapStage,
@@ -235,23 +234,18 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: SHViT) -> dict[st
 
 
 def _cfg(url: str, **kwargs: Any) -> dict[str, Any]:
-    return {
+    own = {
         "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
         "pool_size": (4, 4),
         "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.0.conv",
         "classifier": "head.fc",
         "license": "mit",
         "paper_ids": "arXiv:2401.16456",
         "paper_name": "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
         "origin_url": "https://github.com/ysj9909/SHViT",
-        **kwargs,
     }
+    return imagenet_cfg(**{**own, **kwargs})
 
 
 _RELEASE = "https://github.com/ysj9909/SHViT/releases/download/v1.0/"

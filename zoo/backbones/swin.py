@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from zoo.attention import attention_spec
 from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import fit, rename, stage_of
-from zoo.backbones._pyramid import Embed, Place, Pyramid
+from zoo.backbones._pyramid import Embed, Place, Pyramid, flatten_cfg, pyramid_cfg
 from zoo.backbones._staged import own_attention
 
 __all__ = ["SwinTransformer"]
@@ -134,41 +133,17 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: SwinTransformer) 
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head.fc",
+    own = {
         "license": "mit",
         "paper_ids": "arXiv:2103.14030",
         "paper_name": "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows",
         "origin_url": "https://github.com/microsoft/Swin-Transformer",
-        **kwargs,
     }
+    return pyramid_cfg(**{**own, **kwargs})
 
 
 def _swin(file: str, **kwargs: Any) -> dict[str, Any]:
     return _cfg(url=f"https://github.com/SwinTransformer/storage/releases/download/v1.0.0/{file}", **kwargs)
-
-
-def _flatten(origin_url: str, **kwargs: Any) -> dict[str, Any]:
-    # The authors evaluate on images squashed to a square. Their links answer with a file that has no name, which timm
-    # cannot cache, so they are the origin.
-    own = {
-        "crop_pct": 0.875,
-        "crop_mode": "squash",
-        "license": "none stated",
-        "origin_url": origin_url,
-        "paper_ids": "arXiv:2308.00442",
-        "paper_name": "FLatten Transformer: Vision Transformer using Focused Linear Attention",
-        "notes": ("the authors' repository states no licence",),
-    }
-    return _cfg(**{**own, **kwargs})
 
 
 _CFG_384: dict[str, Any] = {"input_size": (3, 384, 384), "pool_size": (12, 12), "crop_pct": 1.0}
@@ -179,10 +154,10 @@ default_cfgs = generate_default_cfgs(
         "zoo_swin_small_patch4_window7_224.ms_in1k": _swin("swin_small_patch4_window7_224.pth"),
         "zoo_swin_base_patch4_window7_224.ms_in1k": _swin("swin_base_patch4_window7_224.pth"),
         "zoo_swin_base_patch4_window12_384.ms_in1k": _swin("swin_base_patch4_window12_384.pth", **_CFG_384),
-        "zoo_flatten_swin_tiny.in1k": _flatten("https://cloud.tsinghua.edu.cn/f/e1518e76703e4e57a7f2/?dl=1"),
-        "zoo_flatten_swin_small.in1k": _flatten("https://cloud.tsinghua.edu.cn/f/94188e52af354bf4a88b/?dl=1"),
-        "zoo_flatten_swin_base.in1k": _flatten("https://cloud.tsinghua.edu.cn/f/7a9e5186bad04e7fb3a9/?dl=1"),
-        "zoo_flatten_swin_base_384.in1k": _flatten(
+        "zoo_flatten_swin_tiny.in1k": flatten_cfg("https://cloud.tsinghua.edu.cn/f/e1518e76703e4e57a7f2/?dl=1"),
+        "zoo_flatten_swin_small.in1k": flatten_cfg("https://cloud.tsinghua.edu.cn/f/94188e52af354bf4a88b/?dl=1"),
+        "zoo_flatten_swin_base.in1k": flatten_cfg("https://cloud.tsinghua.edu.cn/f/7a9e5186bad04e7fb3a9/?dl=1"),
+        "zoo_flatten_swin_base_384.in1k": flatten_cfg(
             "https://cloud.tsinghua.edu.cn/f/0d0330cf2e5249f1abb6/?dl=1", **_CFG_384
         ),
     }

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale, LayerScale2d, Mlp, calculate_drop_path_rates, trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.attention import attention_spec, with_defaults
-from zoo.backbones._build import build, unwrap
+from zoo.backbones._build import build, imagenet_cfg, unwrap
 from zoo.backbones._checkpoint import rename, stage_of
 from zoo.backbones._pyramid import Embed
 from zoo.backbones._staged import (
@@ -294,22 +293,17 @@ _DRIVE = "https://drive.google.com/file/d/"
 
 def cfg(file: str, side: int = 224, **kwargs: Any) -> dict[str, Any]:
     """The facts about a file of the authors; their links open a page, so that no `url` is a direct one."""
-    return {
-        "num_classes": 1000,
+    own = {
         "input_size": (3, side, side),
         "pool_size": (side // 32, side // 32),
         "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
-        "license": "apache-2.0",
         "paper_ids": _PAPER[0],
         "paper_name": _PAPER[1],
         "origin_url": f"{_DRIVE}{file}/view?usp=sharing",
-        **kwargs,
     }
+    return imagenet_cfg(**{**own, **kwargs})
 
 
 CONV: dict[str, Any] = {"first_conv": "patch_embed.0.conv"}

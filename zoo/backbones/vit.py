@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     LayerScale,
@@ -28,7 +27,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.attention import SoftmaxAttention, attention_spec, create_attention, with_defaults
-from zoo.backbones._build import build, fit_positions, unwrap
+from zoo.backbones._build import build, fit_positions, imagenet_cfg, unwrap
 from zoo.errors import UsageError, unknown
 from zoo.layers.context_broadcast import ContextBroadcast
 from zoo.layers.position import TableResize
@@ -378,21 +377,14 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer
 
 
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
+    own = {
         "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
         "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
         "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
-        "license": "apache-2.0",
-        **kwargs,
     }
+    return imagenet_cfg(**{**own, **kwargs})
 
 
 def _deit(file: str) -> dict[str, Any]:
