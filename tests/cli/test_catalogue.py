@@ -1,6 +1,7 @@
 """`zoo list` and `zoo info` against counts made by hand and against timm."""
 
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -55,6 +56,27 @@ def test_published_accuracies_belong_to_networks_that_exist(zoo):
     shown = zoo("list", "backbones", "zoo_shvit_s3")
     assert re.search(r"zoo_shvit_s3 .* 77\.4 ", shown.out)  # the authors' table
     assert "none recorded" in zoo("info", "zoo_vit_tiny_cb_patch16_224").out
+
+
+SPECS = Path(__file__).parents[3] / "shared" / "specs"
+
+
+@pytest.mark.skipif(not SPECS.is_dir(), reason="the facts about the authors' networks are absent")
+@pytest.mark.parametrize(("family", "rows"), [("uniformer", 10), ("shvit", 4), ("flatten", 7)])
+def test_published_accuracies_are_those_of_the_authors(family, rows):
+    """The column top-1 of the tables of variants; rows of two networks and figures of a plot are left out."""
+    found = {}
+    for line in (SPECS / f"{family}.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if (line.startswith("|") and cells[0] == "variant") or cells[0] == "our name":
+            column = cells.index("top-1")
+        elif re.fullmatch(r"(uniformer|shvit|flatten)_\w+( \(TL\))?", cells[0]) and len(cells) > column:
+            name = "zoo_" + cells[0].removesuffix(" (TL)") + ("_tl" if cells[0].endswith("(TL)") else "")
+            values = re.findall(r"\d\d\.\d(?=@224|$| \(TL\)| \(log)", cells[column])
+            if values:
+                found[name] = float(values[-1])
+    assert len(found) >= rows, found
+    assert {name: PUBLISHED_TOP1.get(name) for name in found} == found
 
 
 def test_attention_inside_a_network_is_named():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from zoo.errors import UsageError
+from zoo.tasks import speed
 from zoo.tasks.speed import TrainingGraph
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -58,6 +59,15 @@ def test_a_graph_trains_as_eager_does(drop):
     captured.release()
     assert "forward" not in vars(graphed)
     assert torch.isfinite(graphed(batches[0])).all()
+
+
+@pytest.mark.parametrize(("version", "mended"), [("2.11.0+cu130", False), ("2.13.1", False), ("2.14.1", True)])
+def test_one_fusion_is_off_where_torch_gets_its_gradients_wrong(version, mended, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    block, plain = Net(0.0), Net(0.0)
+    block.scale = nn.Parameter(torch.zeros(1, 1, 8))
+    assert (speed._options(block) is None) == mended
+    assert speed._options(plain) is None
 
 
 @pytest.mark.parametrize(

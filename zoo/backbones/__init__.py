@@ -13,6 +13,7 @@ from zoo.backbones import (
     uniformer_light,
     uniformer_tl,
     vit,
+    vit_cb,
 )
 from zoo.backbones._build import CHECKPOINT_KEYS, UnfitWeightsError
 
@@ -31,4 +32,5 @@ __all__ = [
     "uniformer_light",
     "uniformer_tl",
     "vit",
+    "vit_cb",
 ]

@@ -165,8 +165,8 @@ class StagedNetwork(nn.Module):
         return take
 
 
-def per_stage(what: str, value: Any, count: int) -> list[Any]:
-    """One value a stage: from a sequence of `count`, or from one name, number, mapping or None for all.
+def per_stage(what: str, value: Any, count: int, unit: str = "stages") -> list[Any]:
+    """One value a stage, or another `unit`: from a sequence of `count`, or one name, number, mapping or None for all.
 
     Raises:
         UsageError: it is something else, or has another length.
@@ -176,25 +176,27 @@ def per_stage(what: str, value: Any, count: int) -> list[Any]:
     values = list(value) if isinstance(value, Sequence) else None
     if values is None or len(values) != count:
         found = f"has {len(values)} entries" if values is not None else f"is {value!r}"
-        raise UsageError(f"{what} {found}, but there are {count} stages; give one for all or a sequence of {count}")
+        raise UsageError(f"{what} {found}, but there are {count} {unit}; give one for all or a sequence of {count}")
     return values
 
 
-def attention_per_stage(attn: Any, attn_options: Any, count: int) -> tuple[list[str | None], list[Mapping | None]]:
-    """The names and the options that the user gives each stage; None where the user gives none.
+def attention_per_stage(
+    attn: Any, attn_options: Any, count: int, unit: str = "stages"
+) -> tuple[list[str | None], list[Mapping | None]]:
+    """The names and the options that the user gives each stage (or `unit`); None where the user gives none.
 
     Raises:
-        UsageError: they are no names and no mappings, or not as many as stages.
+        UsageError: they are no names and no mappings, or not as many as there are stages.
     """
-    names, options = per_stage("attn", attn, count), per_stage("attn_options", attn_options, count)
+    names, options = per_stage("attn", attn, count, unit), per_stage("attn_options", attn_options, count, unit)
     if not all(name is None or isinstance(name, str) for name in names):
         raise UsageError(
-            f"attn={attn!r}: give the name of an attention, for all stages, or a sequence of {count} names, where None "
+            f"attn={attn!r}: give the name of an attention, for all {unit}, or a sequence of {count} names, where None "
             "keeps the network's own"
         )
     if not all(option is None or isinstance(option, Mapping) for option in options):
         raise UsageError(
-            f"attn_options={attn_options!r}: give a mapping of options, for all stages, or a sequence of {count} of "
+            f"attn_options={attn_options!r}: give a mapping of options, for all {unit}, or a sequence of {count} of "
             "them, where None stands for none"
         )
     return names, options

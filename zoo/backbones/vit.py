@@ -26,8 +26,9 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo.attention import SoftmaxAttention, attention_spec, create_attention, with_defaults
+from zoo.attention import SoftmaxAttention, attention_spec, with_defaults
 from zoo.backbones._build import build, fit_positions, imagenet_cfg, unwrap
+from zoo.backbones._staged import attention_per_stage, check_num_classes, residual_attention
 from zoo.errors import UsageError, unknown
 from zoo.layers.context_broadcast import ContextBroadcast
 from zoo.layers.position import TableResize
@@ -120,6 +121,7 @@ class VisionTransformer(nn.Module):
             raise UsageError(f"patch_size={patch_size}, img_size={img_size} and depth={depth} must all be at least 1")
         if cb not in (None, "cb", "cbs"):
             raise unknown("cb", cb, ("cb", "cbs"))
+        check_num_classes(num_classes)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1 if class_token else 0
@@ -146,11 +148,12 @@ class VisionTransformer(nn.Module):
             "attn_drop": attn_drop_rate,
             "proj_drop": proj_drop_rate,
         }
+        names, options = attention_per_stage(attn, attn_options, depth, "blocks")
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,
-                self._attention(name, options, defaults),
+                self._attention(name, of_block, defaults),
                 mlp_ratio,
                 proj_drop=proj_drop_rate,
                 drop_path=rate,
@@ -159,9 +162,7 @@ class VisionTransformer(nn.Module):
                 act_layer=act_layer,
                 norm_layer=norm_layer,
             )
-            for rate, name, options in zip(
-                rates, _per_block("attn", attn, depth), _per_block("attn_options", attn_options, depth), strict=True
-            )
+            for rate, name, of_block in zip(rates, names, options, strict=True)
         )
         reduction = max(self.patch_size)
         self.feature_info = [
@@ -178,13 +179,13 @@ class VisionTransformer(nn.Module):
         place: dict[str, Any] = {"grid_size": self.grid_size, "num_prefix_tokens": self.num_prefix_tokens}
         if name is None and options is None:
             return SoftmaxAttention(self.embed_dim, **defaults, **place)
-        name = name or "softmax"
+        name = "softmax" if name is None else name
         if self.num_prefix_tokens and self.global_pool == "token" and attention_spec(name).prefix == "pass":
             raise UsageError(
                 f"attention {name!r} hands the class token on unchanged, so nothing of the image would reach the "
                 "classifier; use class_token=False, global_pool='avg'"
             )
-        return create_attention(name, self.embed_dim, **place, **with_defaults(name, options, defaults))
+        return residual_attention(name, self.embed_dim, **place, **with_defaults(name, options, defaults))
 
     def _check_pool(self, global_pool: str) -> None:
         if global_pool not in ("", "token", "avg", "avgmax", "max"):
@@ -226,6 +227,7 @@ class VisionTransformer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Exchanges the classifier; `global_pool` may change only among poolings that share the final norm."""
+        check_num_classes(num_classes)
         if global_pool is not None:
             self._check_pool(global_pool)
             averages = ("avg", "avgmax", "max")
@@ -336,16 +338,6 @@ class VisionTransformer(nn.Module):
         return take
 
 
-def _per_block(what: str, value: Any, depth: int) -> list[Any]:
-    """One value a block from one for all or a sequence."""
-    if value is None or isinstance(value, (str, Mapping)):
-        return [value] * depth
-    value = list(value)
-    if len(value) != depth:
-        raise UsageError(f"{what} has {len(value)} entries, but there are {depth} blocks; give one for all or {depth}")
-    return value
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer) -> dict[str, Tensor]:
     """Weights of DeiT's, timm's and our files for this model; position table and patches are resampled to fit.
 
@@ -376,7 +368,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer
     return out
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+def cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    """The facts about a network, and the address of its weights where there is one."""
     own = {
         "url": url,
         "pool_size": None,
@@ -388,19 +381,11 @@ def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
 
 
 def _deit(file: str) -> dict[str, Any]:
-    return _cfg(
+    return cfg(
         url=f"https://dl.fbaipublicfiles.com/deit/{file}",
         paper_ids="arXiv:2012.12877",
         paper_name="Training data-efficient image transformers & distillation through attention",
         origin_url="https://github.com/facebookresearch/deit",
-    )
-
-
-def _broadcast() -> dict[str, Any]:
-    return _cfg(
-        paper_ids="arXiv:2210.08457",
-        paper_name="Scratching Visual Transformer's Back with Uniform Attention",
-        notes=("the authors released no weights; CB loads those of the plain ViT",),
     )
 
 
@@ -409,74 +394,33 @@ default_cfgs = generate_default_cfgs(
         "zoo_vit_tiny_patch16_224.fb_in1k": _deit("deit_tiny_patch16_224-a1311bcf.pth"),
         "zoo_vit_small_patch16_224.fb_in1k": _deit("deit_small_patch16_224-cd65a155.pth"),
         "zoo_vit_base_patch16_224.fb_in1k": _deit("deit_base_patch16_224-b5f2ef4d.pth"),
-        "zoo_vit_tiny_cb_patch16_224": _broadcast(),
-        "zoo_vit_small_cb_patch16_224": _broadcast(),
-        "zoo_vit_base_cb_patch16_224": _broadcast(),
-        "zoo_vit_tiny_cbs_patch16_224": _broadcast(),
-        "zoo_vit_small_cbs_patch16_224": _broadcast(),
-        "zoo_vit_base_cbs_patch16_224": _broadcast(),
     }
 )
 
 
-def _create_vit(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+def create(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    """A network of this family through timm."""
     return build(VisionTransformer, variant, pretrained, checkpoint_filter_fn, **{"out_indices": 3, **kwargs})
 
 
-_TINY = {"embed_dim": 192, "num_heads": 3}
-_SMALL = {"embed_dim": 384, "num_heads": 6}
-_BASE = {"embed_dim": 768, "num_heads": 12}
+TINY = {"embed_dim": 192, "num_heads": 3}
+SMALL = {"embed_dim": 384, "num_heads": 6}
+BASE = {"embed_dim": 768, "num_heads": 12}
 
 
 @register_model
 def zoo_vit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT-Ti/16 (DeiT-Ti weights)."""
-    return _create_vit("zoo_vit_tiny_patch16_224", pretrained, **{**_TINY, **kwargs})
+    return create("zoo_vit_tiny_patch16_224", pretrained, **{**TINY, **kwargs})
 
 
 @register_model
 def zoo_vit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT-S/16 (DeiT-S weights)."""
-    return _create_vit("zoo_vit_small_patch16_224", pretrained, **{**_SMALL, **kwargs})
+    return create("zoo_vit_small_patch16_224", pretrained, **{**SMALL, **kwargs})
 
 
 @register_model
 def zoo_vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT-B/16 (DeiT-B weights)."""
-    return _create_vit("zoo_vit_base_patch16_224", pretrained, **{**_BASE, **kwargs})
-
-
-@register_model
-def zoo_vit_tiny_cb_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT-Ti/16 with Context Broadcasting."""
-    return _create_vit("zoo_vit_tiny_cb_patch16_224", pretrained, **{"cb": "cb", **_TINY, **kwargs})
-
-
-@register_model
-def zoo_vit_small_cb_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT-S/16 with Context Broadcasting."""
-    return _create_vit("zoo_vit_small_cb_patch16_224", pretrained, **{"cb": "cb", **_SMALL, **kwargs})
-
-
-@register_model
-def zoo_vit_base_cb_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT-B/16 with Context Broadcasting."""
-    return _create_vit("zoo_vit_base_cb_patch16_224", pretrained, **{"cb": "cb", **_BASE, **kwargs})
-
-
-@register_model
-def zoo_vit_tiny_cbs_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT-Ti/16 with Context Broadcasting and a learned scale."""
-    return _create_vit("zoo_vit_tiny_cbs_patch16_224", pretrained, **{"cb": "cbs", **_TINY, **kwargs})
-
-
-@register_model
-def zoo_vit_small_cbs_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT-S/16 with Context Broadcasting and a learned scale."""
-    return _create_vit("zoo_vit_small_cbs_patch16_224", pretrained, **{"cb": "cbs", **_SMALL, **kwargs})
-
-
-@register_model
-def zoo_vit_base_cbs_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """ViT-B/16 with Context Broadcasting and a learned scale."""
-    return _create_vit("zoo_vit_base_cbs_patch16_224", pretrained, **{"cb": "cbs", **_BASE, **kwargs})
+    return create("zoo_vit_base_patch16_224", pretrained, **{**BASE, **kwargs})
