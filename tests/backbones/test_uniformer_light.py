@@ -213,3 +213,9 @@ def test_scores_are_float32_under_autocast():
         for stage in model.stages:
             x, cls, score = stage(x, cls, score)
     assert score.dtype == torch.float32
+
+
+@pytest.mark.parametrize("option", [{"init_values": 1e-5}, {"aux_head": True}])
+def test_what_shrinking_networks_lack_is_refused(option):
+    with pytest.raises(UsageError, match=f"takes no {next(iter(option))}"):
+        timm.create_model("zoo_uniformer_xxs", **option)

@@ -3,7 +3,7 @@
 UniFormer: Unifying Convolution and Self-attention for Visual Recognition - https://arxiv.org/abs/2201.09450
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -171,52 +171,19 @@ class ShrinkingUniFormer(UniFormer):
     another precision, and the answer with them: compare and export in float32.
 
     In training the logits are the mean of those of the pooled map and those of the class token; in evaluation the first
-    alone, as the authors do it. `forward_auxiliary` gives both. The arguments are those of `UniFormer`.
+    alone, as the authors do it. `forward_auxiliary` gives both.
+
+    The arguments are those of `UniFormer` without init_values and aux_head; the defaults are those of UniFormer-XXS.
     """
 
-    def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dims: Sequence[int] = (56, 112, 224, 448),
-        depths: Sequence[int] = (2, 5, 8, 2),
-        head_dim: int = 28,
-        mlp_ratio: float = 3.0,
-        qkv_bias: bool = True,
-        conv_stem: bool = True,
-        conv_down: bool = False,
-        attn: str | Sequence[str | None] | None = None,
-        attn_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
-        drop_rate: float = 0.0,
-        pos_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ):
-        super().__init__(
-            img_size=img_size,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            embed_dims=embed_dims,
-            depths=depths,
-            head_dim=head_dim,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=qkv_bias,
-            conv_stem=conv_stem,
-            conv_down=conv_down,
-            attn=attn,
-            attn_options=attn_options,
-            drop_rate=drop_rate,
-            pos_drop_rate=pos_drop_rate,
-            proj_drop_rate=proj_drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-        )
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dims[2]))
-        self.norm_cls: nn.Module = nn.LayerNorm(embed_dims[3], eps=1e-5)
+    def __init__(self, **kwargs: Any):
+        for name in (name for name in ("init_values", "aux_head") if kwargs.get(name)):
+            raise UsageError(f"a UniFormer that shrinks its tokens takes no {name}; those of other sizes do")
+        own = {"embed_dims": (56, 112, 224, 448), "depths": (2, 5, 8, 2), "head_dim": 28}
+        super().__init__(**{**own, "mlp_ratio": 3.0, "conv_stem": True, **kwargs})
+        widths = [info["num_chs"] for info in self.feature_info]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, widths[2]))
+        self.norm_cls: nn.Module = nn.LayerNorm(widths[3], eps=1e-5)
 
     def make_block(
         self,
