@@ -9,6 +9,7 @@ import torch
 import zoo  # noqa: F401  (registers the models)
 from zoo.attention import SoftmaxAttention
 from zoo.backbones.uniformer_light import ShrinkingBlock, pool_scores
+from zoo.errors import UsageError
 
 DIM, HEADS = 12, 3
 # Both sides are computed in float64; only the order of sums differs.
