@@ -103,6 +103,15 @@ def test_low_precision_keeps_its_dtype_and_most_of_its_digits(dtype, tolerance):
     assert (got.double() - want).abs().max() <= tolerance
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_what_takes_no_part_stays_out_however_low_the_other_logits(mask):
+    q, k, v, height_rel, width_rel = tensors(3, 5, 4, 1, 1)
+    q, k = 300 * q.abs(), -300 * k.abs()  # logits down to -1e6
+    want = loop(q, k, v, height_rel, width_rel, 4, 1, 1.0, mask=mask)
+    got = halo_attention(q, k, v, height_rel, width_rel, 4, 1, 1.0, mask=mask)
+    torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)  # float64 logits of 1e6 have 1e-10 left
+
+
 def test_zero_images_give_an_empty_answer():
     q, k, v, height_rel, width_rel = (t.detach() for t in tensors(4, 4, 4, 1, 1))
     assert halo_attention(q[:0], k[:0], v[:0], height_rel, width_rel, 4, 1, 0.5).shape == (0, 4, 4, 2, 3)
@@ -118,8 +127,11 @@ def test_sizes_that_do_not_fit_are_named():
         halo_attention(q, k, v, height_rel, width_rel, 4, 2, 0.5)
     with pytest.raises(ValueError, match="both"):
         halo_attention(q, k, v, height_rel, None, 4, 1, 0.5)
-    with pytest.raises(ValueError, match="do not fit"):
-        halo_attention(q, k[..., :3], v, None, None, 4, 1, 0.5)
+    for wrong in ((q, k[..., :3], v), (q[:1], k, v), (q, k[:1], v[:1]), (q, k, v[:, :, :, :1])):
+        with pytest.raises(ValueError, match="do not fit"):
+            halo_attention(*wrong, None, None, 4, 1, 0.5)
+    with pytest.raises(ValueError, match="images, rows, columns, heads, channels"):
+        halo_attention(q[0], k[0], v[0], None, None, 4, 1, 0.5)
 
 
 @pytest.fixture

@@ -87,6 +87,9 @@ def test_sizes_that_do_not_fit_are_named():
         lambda_attention(q, v, table[:2])
     with pytest.raises(ValueError, match="key depth 4 and intra-depth 1"):
         lambda_attention(q, v, table[:, :, :3])
+    for wrong in ((q[0], v[0], table), (q, v, table[..., 0])):
+        with pytest.raises(ValueError, match="five, five and four sizes"):
+            lambda_attention(*wrong)
 
 
 def peak(step):

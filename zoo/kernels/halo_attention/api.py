@@ -78,13 +78,18 @@ def check_sizes(
     """Raises ValueError where the sizes of a call do not belong together."""
     if block < 1 or halo < 0 or stride < 1 or block % stride:
         raise ValueError(f"halo_attention: block={block}, halo={halo}, stride={stride}: stride must divide block")
+    if q.dim() != 5 or k.dim() != 5 or v.dim() != 5:
+        raise ValueError(
+            f"halo_attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; "
+            "each must have five sizes: images, rows, columns, heads, channels"
+        )
     rows, columns = -(-k.shape[1] // stride), -(-k.shape[2] // stride)
     if q.shape[1] != rows or q.shape[2] != columns:
         raise ValueError(
             f"halo_attention: {q.shape[1]} x {q.shape[2]} queries for {k.shape[1]} x {k.shape[2]} keys; "
             f"with stride={stride} there must be {rows} x {columns}"
         )
-    if k.shape[:4] != v.shape[:4] or q.shape[3] != k.shape[3] or q.shape[4] != k.shape[4]:
+    if k.shape[:4] != v.shape[:4] or q.shape[0] != k.shape[0] or q.shape[3:] != k.shape[3:]:
         raise ValueError(f"halo_attention: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} do not fit")
     if (height_rel is None) != (width_rel is None):
         raise ValueError("halo_attention: give both height_rel and width_rel, or neither")
@@ -121,8 +126,7 @@ def _dispatched(
     return dispatch(_ENTRY, impl, q, k, v, height_rel, width_rel, block, halo, scale, stride, scale_rel, mask)
 
 
-def _triton(q, k, v, height_rel, width_rel, block, halo, scale, stride, scale_rel, mask) -> Tensor:
-    arguments = (q, k, v, height_rel, width_rel, block, halo, scale, stride, scale_rel, mask)
+def _triton(*arguments) -> Tensor:
     return torch.ops.zoo.halo_attention(*arguments)[0]
 
 

@@ -42,7 +42,8 @@ def halo_attention(
     inside_y = _inside(height, rows, block, halo, border, q.device)[:, None, :, None]
     inside_x = _inside(width, columns, block, halo, border, q.device)[None, :, None, :]
     outside = ~(inside_y & inside_x)[:, :, None, None, None]
-    weights = logits.masked_fill(outside, -3.0e4).flatten(-2).softmax(dim=-1)
+    # Below every logit, and finite: queries beyond the map may see no key at all, and are cut off in the end.
+    weights = logits.masked_fill(outside, -1.0e30).flatten(-2).softmax(dim=-1)
     out = torch.einsum("byxhijm,byxhdm->byixjhd", [weights, values.flatten(-2)])
     out = out.reshape(q.shape[0], rows * side, columns * side, q.shape[3], v.shape[4])
     return out[:, : q.shape[1], : q.shape[2]].to(v.dtype)

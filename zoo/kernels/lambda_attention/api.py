@@ -43,6 +43,11 @@ def lambda_attention(q: Tensor, v: Tensor, table: Tensor, impl: str = "auto") ->
 
 def check_sizes(q: Tensor, v: Tensor, table: Tensor) -> None:
     """Raises ValueError where the sizes of a call do not belong together."""
+    if q.dim() != 5 or v.dim() != 5 or table.dim() != 4:
+        raise ValueError(
+            f"lambda_attention: q {list(q.shape)}, v {list(v.shape)}, table {list(table.shape)}; they must have five, "
+            "five and four sizes: (B, H, W, heads, k), (B, H, W, u, dv), (R1, R2, k, u)"
+        )
     if q.shape[:3] != v.shape[:3]:
         raise ValueError(f"lambda_attention: q {list(q.shape)} and v {list(v.shape)} belong to different maps")
     if table.shape[0] % 2 == 0 or table.shape[1] % 2 == 0:
