@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo.attention import Attention, attention_spec, create_attention, with_defaults
 from zoo.backbones._build import build, imagenet_cfg, unwrap
 from zoo.backbones._checkpoint import rename
-from zoo.backbones._staged import MapStage, StagedNetwork, per_stage, stage_grids
+from zoo.backbones._staged import MapStage, StagedNetwork, attention_per_stage, per_stage, stage_grids
 from zoo.errors import UsageError
 from zoo.layers.conv_norm import ConvNorm, fuse_children
 
@@ -138,7 +138,14 @@ class AttentionResNet(StagedNetwork):
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
-        names, options = _names(attn, mixers, depths), per_stage("attn_options", attn_options, len(depths))
+        names, (_, options) = _names(attn, mixers, depths), attention_per_stage(None, attn_options, len(depths))
+        widths, num_heads = per_stage("widths", widths, len(depths)), per_stage("num_heads", num_heads, len(depths))
+        if not stem_dims or min(*stem_dims, *widths, *depths, *num_heads) < 1:
+            raise UsageError(
+                f"stem_dims={stem_dims}, widths={widths}, depths={depths}, num_heads={num_heads}; all at least 1"
+            )
+        for name in mixer_options or {}:
+            attention_spec(name)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         grids = stage_grids(img_size, 4, len(depths))
         self.patch_embed = _stem(in_chans, stem_dims)
@@ -155,11 +162,11 @@ class AttentionResNet(StagedNetwork):
                     "stride": stride,
                     # The block's last convolution projects what attention answers.
                     "proj": False,
-                    **(mixer_options or {}).get(name, {}),
                 }
+                given = {**(mixer_options or {}).get(name, {}), **(options[stage] or {})}
                 # The first block of a strided stage still sees the map of the stage before.
                 grid = grids[stage - 1] if stride > 1 else grids[stage]
-                mixer, mixed = _mixer(name, width, stride, grid, own, options[stage])
+                mixer, mixed = _mixer(name, width, stride, grid, own, given)
                 shortcut = _shortcut(dim, dim_out, stride, avg_down)
                 excite = se and name == CONV
                 blocks.append(Bottleneck(dim, width, dim_out, mixer, mixed, shortcut, excite, rates[stage][index]))
@@ -238,7 +245,7 @@ def _mixer(
     stride: int,
     grid: tuple[int, int],
     own: Mapping[str, Any],
-    options: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
 ) -> tuple[nn.Module, int]:
     """What mixes `width` channels with a stride, and the channels that it answers."""
     if name == CONV:
@@ -251,7 +258,7 @@ def _names(attn: str | Sequence[Pattern] | None, mixers: Sequence[Pattern], dept
     """The mixing of every block.
 
     Raises:
-        UsageError: there are not as many entries as stages, or there is no such mechanism.
+        UsageError: there are not as many entries as stages, an entry is no name, or there is no such mechanism.
     """
     mixers = per_stage("mixers", mixers, len(depths))
     own = [_in_turn(pattern, depth) for pattern, depth in zip(mixers, depths, strict=True)]
@@ -271,8 +278,10 @@ def _names(attn: str | Sequence[Pattern] | None, mixers: Sequence[Pattern], dept
 
 
 def _in_turn(pattern: Pattern, depth: int) -> list[Any]:
-    if not pattern:
-        raise UsageError("a stage's mixing is a name or a sequence of names, not empty; the 3x3 convolution is 'conv'")
+    if not pattern or not isinstance(pattern, Sequence):
+        raise UsageError(
+            f"a stage mixes by a name or a sequence of names, not {pattern!r}; the 3x3 convolution is 'conv'"
+        )
     names = [pattern] if isinstance(pattern, str) else list(pattern)
     return [names[index % len(names)] for index in range(depth)]
 
