@@ -148,9 +148,6 @@ class Pyramid(StagedNetwork):
     The other arguments are those of the networks.
     """
 
-    head: Any
-    patch_embed: Any
-
     def __init__(
         self,
         *,
@@ -246,16 +243,18 @@ class Pyramid(StagedNetwork):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        return self.head.fc
+        head: Any = self.head
+        return head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Exchanges the classifier, and the pooling before it if one is named."""
         check_num_classes(num_classes)
-        self.num_classes, self.head.in_features = num_classes, self.num_features
-        like = self.patch_embed.proj.weight
-        self.head.reset(num_classes, pool_type=global_pool)
-        self.head.to(device=like.device, dtype=like.dtype)
-        self.head_hidden_size = pooled_width(self.head)
+        head: Any = self.head
+        self.num_classes, head.in_features = num_classes, self.num_features
+        like = next(self.patch_embed.parameters())
+        head.reset(num_classes, pool_type=global_pool)
+        head.to(device=like.device, dtype=like.dtype)
+        self.head_hidden_size = pooled_width(head)
 
     def close(self, x: Tensor) -> Tensor:
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -19,9 +19,6 @@ from zoo.errors import UsageError
 
 __all__ = ["ShrinkingUniFormer"]
 
-# The smallest normal float32.
-TINY = torch.finfo(torch.float32).tiny
-
 
 class ShrinkingBlock(nn.Module):
     """A global block that leaves half of the tokens out of attention and MLP.
@@ -78,8 +75,8 @@ class ShrinkingBlock(nn.Module):
         index = order.unsqueeze(2).expand(-1, -1, tokens.shape[2])
         tokens = tokens.gather(1, index)
         rest = tokens[:, keep:]
-        # Scores of tokens that no one attends to may all be zero in float32.
-        share = score[:, keep:] / score[:, keep:].sum(dim=1, keepdim=True).clamp_min(TINY)
+        # Scores of tokens that no one attends to may all be zero in float32, whose smallest normal is 1.2e-38.
+        share = score[:, keep:] / score[:, keep:].sum(dim=1, keepdim=True).clamp_min(1e-37)
         stand_in = (rest * share.unsqueeze(2).to(rest.dtype)).sum(dim=1, keepdim=True)
 
         mixed, row, attended, fed = self.mix(torch.cat([cls, tokens[:, :keep], stand_in], dim=1))
@@ -160,7 +157,7 @@ def pool_scores(score: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     cells = score.reshape(-1, 1, grid[0], grid[1])
     small = F.avg_pool2d(cells, 2, ceil_mode=True, count_include_pad=False).flatten(1)
-    return small * (score.sum(dim=1, keepdim=True) / small.sum(dim=1, keepdim=True).clamp_min(TINY))
+    return small * (score.sum(dim=1, keepdim=True) / small.sum(dim=1, keepdim=True).clamp_min(1e-37))
 
 
 class ShrinkingUniFormer(UniFormer):
