@@ -1,6 +1,7 @@
 """zoo.accelerate on timm's networks and on modules at large."""
 
 import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -99,8 +100,10 @@ def test_networks_are_timms(name):
     ]
     with torch.no_grad():
         assert worst(quick(images), answer) > 0.01, "the attention must have a say, or nothing is compared"
-    for hook in hooks:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+        twin = pickle.loads(pickle.dumps(copy.deepcopy(quick)))
+        assert torch.equal(twin(images), quick(images))
     # Measured 4e-7 to 2e-6; timm's float32 is as far from timm's float64.
     assert worst(answer, expected) < 2e-5
     # Of gradients the length: a ReLU whose input rounding moves across zero changes single entries at will. Measured
@@ -192,6 +195,22 @@ def test_a_subclass_is_left_alone_and_named():
         zoo.accelerate(model)
     assert type(model[0]) is Different
     assert type(model[1]) is FastBottleneckAttn
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"padding": (2, 2, 0), "padding_mode": "circular"}, {"padding": (4, 4, 0), "dilation": (2, 2, 1)}],
+    ids=str,
+)
+def test_another_convolution_is_left_alone_and_named(changed):
+    model = LambdaLayer(16, r=5, dim_head=4).eval()
+    model.conv_lambda = nn.Conv3d(1, 4, (5, 5, 1), **changed)
+    x = torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        with pytest.warns(UserWarning, match="the model itself \\(its conv_lambda is another convolution"):
+            zoo.accelerate(model)
+        assert torch.equal(model(x), expected)
 
 
 def test_replaced_forwards_and_hooked_tables_are_left_alone_and_named():

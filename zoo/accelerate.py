@@ -32,7 +32,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     An accelerated layer can be compiled, traced and exported, but not scripted.
 
     What may mean something else is left as it is, and a warning names it: a subclass of timm's layers, a layer whose
-    own `forward` was replaced, and one with a foreign or hooked `pos_embed` or `conv_lambda`.
+    own `forward` was replaced, and one with a foreign or hooked `pos_embed` or `conv_lambda`, or a `conv_lambda` that
+    does more than timm's, padding in a circle for instance.
 
     Args:
         model: any module, timm's or one that holds timm's; on any device, the meta device included.
@@ -78,8 +79,17 @@ def _obstacle(layer: nn.Module) -> str | None:
     # By function, not by class: parametrizations change the class and leave the forward.
     if getattr(type(child), "forward", None) is not kind.forward or "forward" in vars(child):
         return f"its {name} is not timm's"
+    if isinstance(child, nn.Conv3d) and not _timms(child):
+        return f"its {name} is another convolution than timm's"
     hooks = (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks)
     return f"hooks on its {name} would no longer run" if any(hooks) else None
+
+
+def _timms(conv: nn.Conv3d) -> bool:
+    """Whether it is the correlation with zeros beyond the map that timm makes, of which only the weights are used."""
+    rows, columns, values = conv.kernel_size
+    around = conv.padding == (rows // 2, columns // 2, 0) and conv.padding_mode == "zeros"
+    return around and values == conv.groups == conv.in_channels == 1 and {*conv.stride, *conv.dilation} == {1}
 
 
 def _what(given: object) -> str:

@@ -173,10 +173,15 @@ def test_tables_are_resized(grid):
 
 @pytest.mark.parametrize("name", ["halo_pool", "lambda_stride", "bottleneck_stride"])
 def test_odd_maps_keep_their_last_row_and_column(name):
-    quick = fast(layer(name))
+    quick, whole = fast(layer(name)), []
+    quick.pool.register_forward_hook(lambda _module, inputs, _out: whole.extend(inputs))
     with torch.no_grad():
         out = quick(torch.randn(1, 16, 7, 9, dtype=torch.float64))
     assert out.shape[2:] == (4, 5)
+    for row, column in itertools.product(range(4), range(5)):
+        # The mean of those of the four places that the map has.
+        places = whole[0][:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        torch.testing.assert_close(out[:, :, row, column], places.mean((2, 3)))
 
 
 @pytest.mark.parametrize("name", LAYERS)
