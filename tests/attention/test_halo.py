@@ -100,6 +100,21 @@ def test_padding_to_whole_blocks_is_never_seen():
     torch.testing.assert_close(beyond(x), whole(x), rtol=1e-5, atol=1e-6)
 
 
+def test_a_stride_that_does_not_divide_the_block_averages_inside_the_map():
+    torch.manual_seed(0)
+    options = {"num_heads": 2, "block_size": 5, "halo_size": 1, "proj": False}
+    strided = create_attention("halo", 16, layout="map", stride=2, **options).double()
+    whole = create_attention("halo", 16, layout="map", **options).double()
+    whole.load_state_dict(strided.state_dict())
+    x = torch.randn(2, 16, 7, 9, dtype=torch.float64)
+    got, every = strided(x), whole(x)
+    assert got.shape[2:] == strided.out_grid((7, 9)) == (4, 5)
+    for i in range(4):
+        for j in range(5):
+            wanted = every[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3))
+            torch.testing.assert_close(got[:, :, i, j], wanted)
+
+
 def test_a_channels_last_map_stays_channels_last():
     attention = create_attention("halo", 32, layout="map", num_heads=4, block_size=4, halo_size=1)
     x = torch.randn(2, 32, 8, 12).contiguous(memory_format=torch.channels_last)
@@ -112,10 +127,13 @@ def test_a_channels_last_map_stays_channels_last():
     ("options", "named"),
     [
         ({"preset": "tim"}, "Did you mean 'timm'"),
-        ({"num_heads": 5}, "valid: "),
-        ({"block_size": 0}, "block"),
-        ({"halo_size": -1}, "halo"),
+        ({"num_heads": 5}, "num_heads=5 does not divide 32 channels; valid: .1, 2"),
+        ({"dim_out": 0}, "0 channels"),
+        ({"block_size": 0}, "block_size=0.*at least 1"),
+        ({"halo_size": -1}, "halo_size=-1.*at least 0"),
+        ({"stride": 0}, "stride=0.*at least 1"),
         ({"dim_head": 0}, "no channel"),
+        ({"qk_ratio": 0.0}, "no channel"),
     ],
 )
 def test_wrong_options_are_named(options, named):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers.lambda_layer import LambdaLayer
 
 from zoo import create_attention
@@ -129,9 +130,33 @@ def test_intra_depth_equals_the_equations(kernel):
 
 
 def test_global_positions_serve_other_sizes():
-    attention = create_attention("lambda", 16, layout="map", grid_size=(4, 4), kernel_size=None).eval()
-    for size in ((4, 4), (1, 1), (3, 9), (10, 2)):
-        assert attention(torch.randn(2, 16, *size)).shape == (2, 16, *size)
+    """As a layer made for that size does with the table resized as timm resizes tables of positions."""
+    options = {"layout": "map", "kernel_size": None, "intra_depth": 2}
+    attention = create_attention("lambda", 16, grid_size=(4, 4), **options).eval()
+    torch.nn.init.normal_(attention.pos_emb)
+    for height, width in ((4, 4), (1, 1), (3, 9), (10, 2)):
+        other = create_attention("lambda", 16, grid_size=(height, width), **options).eval()
+        table = attention.pos_emb.detach().permute(2, 3, 0, 1)
+        size = (2 * height - 1, 2 * width - 1)
+        table = table if size == (7, 7) else F.interpolate(table, size, mode="bicubic", antialias=True)
+        other.load_state_dict(attention.state_dict() | {"pos_emb": table.permute(2, 3, 0, 1)})
+        x = torch.randn(2, 16, height, width)
+        # float32 rounding: the interpolation may sum in another order
+        torch.testing.assert_close(attention(x), other(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_stride_averages_inside_the_map():
+    torch.manual_seed(0)
+    strided = create_attention("lambda", 16, layout="map", kernel_size=3, stride=2, proj=False).double().eval()
+    whole = create_attention("lambda", 16, layout="map", kernel_size=3, proj=False).double().eval()
+    whole.load_state_dict(strided.state_dict())
+    x = torch.randn(2, 16, 7, 9, dtype=torch.float64)
+    got, every = strided(x), whole(x)
+    assert got.shape[2:] == strided.out_grid((7, 9)) == (4, 5)
+    for i in range(4):
+        for j in range(5):
+            wanted = every[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3))
+            torch.testing.assert_close(got[:, :, i, j], wanted)
 
 
 def test_a_channels_last_map_stays_channels_last():
@@ -144,9 +169,11 @@ def test_a_channels_last_map_stays_channels_last():
     ("options", "named"),
     [
         ({"kernel_size": 4}, "an odd number"),
-        ({"num_heads": 5}, "valid: "),
-        ({"dim_key": 0}, "at least 1"),
-        ({"intra_depth": 0}, "at least 1"),
+        ({"num_heads": 5}, "num_heads=5 does not divide 32 channels; valid: .1, 2"),
+        ({"dim_out": 0}, "0 channels"),
+        ({"dim_key": 0}, "dim_key=0.*at least 1"),
+        ({"intra_depth": 0}, "intra_depth=0.*at least 1"),
+        ({"stride": 0}, "stride=0.*at least 1"),
     ],
 )
 def test_wrong_options_are_named(options, named):

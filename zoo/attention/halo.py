@@ -102,7 +102,7 @@ class HaloAttention(Attention):
         self._check()
         self.dim_value = self.dim_out // num_heads
         self.dim_head = make_divisible(self.dim_out * qk_ratio, 8) // num_heads if dim_head is None else dim_head
-        if self.dim_head < 1:
+        if self.dim_head < 1 or qk_ratio <= 0:
             raise UsageError(f"attention 'halo': dim_head={dim_head} with qk_ratio={qk_ratio} leaves no channel a head")
         self.scale = self.dim_head**-0.5
         pooled = block_size % stride != 0
@@ -116,7 +116,7 @@ class HaloAttention(Attention):
         self.proj = nn.Conv2d(self.dim_out, self.dim_out, 1) if proj else nn.Identity()
 
     def _check(self) -> None:
-        if self.num_heads < 1 or self.dim_out % self.num_heads:
+        if self.num_heads < 1 or self.dim_out < 1 or self.dim_out % self.num_heads:
             valid = [n for n in range(1, self.dim_out + 1) if self.dim_out % n == 0 and n <= 64]
             raise UsageError(
                 f"attention 'halo': num_heads={self.num_heads} does not divide {self.dim_out} channels; valid: {valid}"

@@ -64,7 +64,7 @@ class LambdaAttention(Attention):
         num_prefix_tokens: int = 0,
     ):
         super().__init__(dim, dim_out, grid_size, num_prefix_tokens)
-        if num_heads < 1 or self.dim_out % num_heads:
+        if num_heads < 1 or self.dim_out < 1 or self.dim_out % num_heads:
             valid = [n for n in range(1, self.dim_out + 1) if self.dim_out % n == 0 and n <= 64]
             raise UsageError(
                 f"attention 'lambda': num_heads={num_heads} does not divide {self.dim_out} channels; valid: {valid}"
