@@ -96,9 +96,12 @@ def prepare(network: nn.Module, mode: str) -> nn.Module:
     return network
 
 
-def _numbers(step: Callable[[], Any], memory: Memory, batch: int, options: Options) -> dict[str, Any]:
+def _numbers(
+    step: Callable[[], Any], memory: Memory, batch: int, options: Options, replayed: bool = False
+) -> dict[str, Any]:
     step()
-    memory.restart()
+    if not replayed:
+        memory.restart()
     step()
     peak = memory.peak_gb()
     timing = measure([step], options.device, options.quick)
@@ -209,6 +212,8 @@ def build_training(
     runner, graph = prepare(network, mode), None
     if mode == "recipe" and options.device == "cuda":
         gc.collect()  # what an eager step may have left belongs to another stream than the graphs will
+        # A replay allocates nothing: what its step takes was taken when the graphs were made.
+        torch.cuda.reset_peak_memory_stats()
         with torch.autocast("cuda", torch.bfloat16):
             graph = speed().TrainingGraph(network, images)
     step = training_step(network, runner, images, targets, options.device)
@@ -223,7 +228,7 @@ def _training(case: NetworkCase, side: str, mode: str, options: Options) -> dict
     memory = Memory(options.device)
     _, step, batch, check, graph = build_training(case, side, mode, options)
     tidy_cache(options)
-    numbers = _numbers(step, memory, batch, options) | check
+    numbers = _numbers(step, memory, batch, options, replayed=graph is not None) | check
     if graph is not None:
         graph.release()
     return numbers
