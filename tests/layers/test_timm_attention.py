@@ -185,6 +185,19 @@ def test_odd_maps_keep_their_last_row_and_column(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_no_images(name):
+    quick = fast(layer(name))
+    x = torch.randn(1, 16, 12, 24, dtype=torch.float64)
+    none = x[:0].requires_grad_()
+    out = quick(none)
+    assert out.shape == (0, *quick(x).shape[1:])
+    out.sum().backward()
+    assert none.grad.shape == none.shape
+    # In evaluation mode nothing is learned from nothing.
+    assert not any(p.grad is not None and p.grad.any() for p in quick.parameters())
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_channels_last(name):
     slow = layer(name)
     x = torch.randn(2, 16, 12, 24, dtype=torch.float64)

@@ -287,7 +287,9 @@ def _in_turn(pattern: Pattern, depth: int) -> list[Any]:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Weights of timm's ResNets and of its networks of the same blocks with attention, and our files."""
+    """Weights of timm's ResNets (the plain ones, not -D) and of its networks of the same blocks with attention, and
+    our files.
+    """
     rules: Mapping[str, Any] = {
         r"^(?:stem\.)?conv(\d)\.(?=conv|bn)": lambda m: f"patch_embed.{2 * int(m[1]) - 2}.",
         r"^stem\.(?=conv|bn)": "patch_embed.0.",
