@@ -6,6 +6,8 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from zoo.errors import UsageError
+
 # Added to the logit of a key that may not be attended. Finite, so that a row without any key stays free of NaN in
 # forward and backward; exp(-3e4) is exactly 0 in every dtype, and fp16 can hold it.
 MASKED = -3.0e4
@@ -95,9 +97,9 @@ def check_heads(name: str, dim: int, num_heads: int) -> int:
     """The width of one head.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`.
+        UsageError: `num_heads` does not divide `dim`, or there are no channels.
     """
-    if num_heads < 1 or dim % num_heads:
+    if num_heads < 1 or dim < 1 or dim % num_heads:
         divisors = [n for n in range(1, dim + 1) if dim % n == 0 and n <= 64]
-        raise ValueError(f"attention {name!r}: num_heads={num_heads} does not divide {dim} channels; valid: {divisors}")
+        raise UsageError(f"attention {name!r}: num_heads={num_heads} does not divide {dim} channels; valid: {divisors}")
     return dim // num_heads

@@ -9,7 +9,7 @@ from timm.layers import make_divisible, trunc_normal_
 from torch import Tensor, nn
 
 from zoo import kernels
-from zoo.attention.base import Attention, Grid
+from zoo.attention.base import Attention, Grid, check_heads
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError, unknown
 
@@ -99,8 +99,12 @@ class HaloAttention(Attention):
         self.mask, self.scale_rel = switches["mask"], switches["scale_rel"]
         self.kv_by_head = switches["kv_by_head"]
         self.num_heads, self.block_size, self.halo_size, self.stride = num_heads, block_size, halo_size, stride
-        self._check()
-        self.dim_value = self.dim_out // num_heads
+        if block_size < 1 or halo_size < 0 or stride < 1:
+            raise UsageError(
+                f"attention 'halo': block_size={block_size}, halo_size={halo_size}, stride={stride}; "
+                "block and stride are at least 1, the halo at least 0"
+            )
+        self.dim_value = check_heads("halo", self.dim_out, num_heads)
         self.dim_head = make_divisible(self.dim_out * qk_ratio, 8) // num_heads if dim_head is None else dim_head
         if self.dim_head < 1 or qk_ratio <= 0:
             raise UsageError(f"attention 'halo': dim_head={dim_head} with qk_ratio={qk_ratio} leaves no channel a head")
@@ -114,18 +118,6 @@ class HaloAttention(Attention):
         trunc_normal_(self.kv.weight, std=dim**-0.5)
         self.pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False) if pooled else nn.Identity()
         self.proj = nn.Conv2d(self.dim_out, self.dim_out, 1) if proj else nn.Identity()
-
-    def _check(self) -> None:
-        if self.num_heads < 1 or self.dim_out < 1 or self.dim_out % self.num_heads:
-            valid = [n for n in range(1, self.dim_out + 1) if self.dim_out % n == 0 and n <= 64]
-            raise UsageError(
-                f"attention 'halo': num_heads={self.num_heads} does not divide {self.dim_out} channels; valid: {valid}"
-            )
-        if self.block_size < 1 or self.halo_size < 0 or self.stride < 1:
-            raise UsageError(
-                f"attention 'halo': block_size={self.block_size}, halo_size={self.halo_size}, stride={self.stride}; "
-                "block and stride are at least 1, the halo at least 0"
-            )
 
     def out_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
         return -(-grid[0] // self.stride), -(-grid[1] // self.stride)

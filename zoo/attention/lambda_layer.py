@@ -8,7 +8,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from zoo import kernels
-from zoo.attention.base import Attention, Grid
+from zoo.attention.base import Attention, Grid, check_heads
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
 from zoo.kernels.precision import without_autocast
@@ -64,11 +64,7 @@ class LambdaAttention(Attention):
         num_prefix_tokens: int = 0,
     ):
         super().__init__(dim, dim_out, grid_size, num_prefix_tokens)
-        if num_heads < 1 or self.dim_out < 1 or self.dim_out % num_heads:
-            valid = [n for n in range(1, self.dim_out + 1) if self.dim_out % n == 0 and n <= 64]
-            raise UsageError(
-                f"attention 'lambda': num_heads={num_heads} does not divide {self.dim_out} channels; valid: {valid}"
-            )
+        self.dim_value = check_heads("lambda", self.dim_out, num_heads)
         if min(dim_key, intra_depth, stride) < 1:
             raise UsageError(
                 f"attention 'lambda': dim_key={dim_key}, intra_depth={intra_depth}, stride={stride}; all at least 1"
@@ -76,7 +72,6 @@ class LambdaAttention(Attention):
         if kernel_size is not None and (kernel_size < 1 or kernel_size % 2 == 0):
             raise UsageError(f"attention 'lambda': kernel_size={kernel_size}; valid: an odd number, or None for global")
         self.num_heads, self.dim_key, self.intra_depth, self.stride = num_heads, dim_key, intra_depth, stride
-        self.dim_value = self.dim_out // num_heads
         self.splits = [num_heads * dim_key, intra_depth * dim_key, intra_depth * self.dim_value]
         self.qkv = nn.Conv2d(dim, sum(self.splits), 1, bias=qkv_bias)
         self.norm_q = nn.BatchNorm2d(self.splits[0])
