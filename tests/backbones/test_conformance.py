@@ -121,6 +121,9 @@ IDLE = {
     "se": ("zoo_halonet_*", "zoo_lambda_resnet50"),
     "attn_drop_rate": ("zoo_flatten_pvt_*",),
     "sr_ratios": ("zoo_flatten_pvt_*",),
+    # Refused by networks that shrink their tokens.
+    "init_values": ("zoo_uniformer_x*",),
+    "aux_head": ("zoo_uniformer_x*",),
 }
 
 
@@ -195,7 +198,14 @@ def test_in_chans(name, channels):
 
 
 def arguments(name):
-    return list(inspect.signature(type(create(name))).parameters)
+    """Those of the constructor, and of the one that it hands the others to."""
+    found = []
+    for cls in type(create(name)).__mro__:
+        parameters = inspect.signature(cls).parameters.values()
+        found += [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+        if len(parameters) and all(one.kind is not one.VAR_KEYWORD for one in parameters):
+            break
+    return found
 
 
 @each
