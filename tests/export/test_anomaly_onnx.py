@@ -1,0 +1,211 @@
+"""The exported graph of an anomaly detector: any size and batch, equal to torch, and the loss of 16-bit weights."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from zoo.errors import UsageError
+from zoo.export import ExportError, half, to_onnx
+from zoo.export.anysize import resize
+
+from .anomaly_task import Output, TinyDetector, in_float64
+from .conftest import TinyTask
+
+
+@pytest.fixture(scope="module")
+def task():
+    return TinyDetector()
+
+
+@pytest.fixture(scope="module")
+def exported(task, tmp_path_factory):
+    return to_onnx(task, tmp_path_factory.mktemp("model") / "detector.onnx")
+
+
+def run(path, images):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(["score", "map"], {"images": images})
+
+
+def metadata(path):
+    return {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+# The model's own size, larger, smaller, extreme, a single pixel.
+@pytest.mark.parametrize("size", [(32, 40), (75, 61), (17, 9), (3, 200), (1, 1)])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_equals_a_float64_network_at_any_size_and_batch(task, exported, size, batch):
+    images = noise(batch, 3, *size)
+    (score, anomaly_map), (exact_score, exact_map) = run(exported.path, images), in_float64(task, images)
+    assert anomaly_map.shape == (batch, 1, *size)
+    assert score.shape == (batch,)
+    # The criterion of the project: 1e-4 of the largest value; float32 keeps 6e-8 of each term.
+    np.testing.assert_allclose(anomaly_map, exact_map, rtol=0, atol=1e-4 * exact_map.max())
+    np.testing.assert_allclose(score, exact_score, rtol=1e-4)
+
+
+def test_interface_of_the_graph(exported):
+    session = onnxruntime.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
+    (given,), (score, anomaly_map) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape) == ("images", "tensor(uint8)", ["batch", 3, "height", "width"])
+    assert (score.name, score.type, score.shape) == ("score", "tensor(float)", ["batch"])
+    assert (anomaly_map.name, anomaly_map.shape) == ("map", ["batch", 1, "height", "width"])
+
+
+def test_metadata_and_result(exported):
+    entries = metadata(exported.path)
+    expected = {"format": "1", "task": "anomaly_detection", "method": "tiny", "threshold": "1.5"}
+    expected |= {"pixel_threshold": "1.5", "img_size": "[32, 40]", "in_chans": "3", "tile": "null", "layers": "[0, 1]"}
+    assert {name: entries[f"zoo.{name}"] for name in expected} == expected
+    assert 0 <= float(entries["zoo.max_relative_error"]) < 1e-4
+    assert not [name for name in entries if "class" in name or "crop" in name]
+    assert exported.images == 2 * (1 + 3)  # two image sizes, two batch sizes
+    assert "of the largest map value" in str(exported)
+
+
+@pytest.mark.parametrize("given", [(64, 80), (200, 37), (33, 300), (20, 11)])
+def test_resize_is_pillows_bilinear(given):
+    image = noise(*given)
+    expected = np.asarray(Image.fromarray(image).resize((40, 32), Image.Resampling.BILINEAR), np.float64)
+    actual = resize(torch.from_numpy(image[None, None]).float(), (32, 40))[0, 0].numpy()
+    # Pillow rounds to whole levels after each of its two passes, 0.5 each, of weights with 22 bits.
+    assert np.abs(actual - expected).max() <= 1.01
+    assert np.abs(actual - expected).mean() < 0.5
+
+
+def test_resize_to_its_own_size_changes_nothing():
+    images = torch.rand(2, 3, 32, 40)
+    assert torch.equal(resize(images, (32, 40)), images)
+
+
+def test_grey_detector(tmp_path):
+    task = TinyDetector((24, 24), in_chans=1)
+    images = noise(2, 1, 50, 30)
+    _, exact = in_float64(task, images)
+    np.testing.assert_allclose(run(to_onnx(task, tmp_path / "m.onnx").path, images)[1], exact, atol=1e-4 * exact.max())
+
+
+class Different(TinyDetector):
+    """Computes something else under export than in eager mode, as a wrongly translated operator would."""
+
+    def inference(self, images):
+        score, anomaly_map = super().inference(images)
+        return Output(score, anomaly_map * (1.001 if torch.compiler.is_exporting() else 1))
+
+
+class WrongScore(TinyDetector):
+    def inference(self, images):
+        score, anomaly_map = super().inference(images)
+        return Output(score * (1.001 if torch.compiler.is_exporting() else 1), anomaly_map)
+
+
+class Damaged(TinyDetector):
+    def __init__(self):
+        super().__init__()
+        self.student.bias.data[2] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Different, "differ by .* 40x32 pixels"), (WrongScore, "differ by"), (Damaged, "NaN or infinite maps")],
+)
+def test_failure_leaves_no_file(tmp_path, kind, message):
+    with pytest.raises(ExportError, match=message):
+        to_onnx(kind(), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("threshold", [None, float("nan"), float("inf")])
+def test_detector_without_a_threshold_is_refused(tmp_path, threshold):
+    with pytest.raises(UsageError, match="no threshold yet"):
+        to_onnx(TinyDetector(threshold=threshold), tmp_path / "m.onnx")
+
+
+def test_options_of_the_other_task_are_refused(tmp_path, task):
+    with pytest.raises(UsageError, match="resizes inside its graph"):
+        to_onnx(task, tmp_path / "m.onnx", preprocess={"crop_pct": 1.0})
+    with pytest.raises(UsageError, match="16-bit weights are for anomaly detection"):
+        to_onnx(TinyTask(), tmp_path / "m.onnx", half=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_halves_the_file_and_states_its_loss(tmp_path):
+    task = TinyDetector(width=2048)
+    whole = to_onnx(task, tmp_path / "whole.onnx")
+    small = to_onnx(task, tmp_path / "half.onnx", half=True)
+    assert 0.45 < small.size_bytes / whole.size_bytes < 0.6
+    entry = json.loads(metadata(small.path)["zoo.half_loss"])
+    assert entry["source"] == "test patterns"
+    assert (entry["images"], entry["changed"]) == (10, small.loss.changed)
+    assert f"{small.loss.map:.1e}" in str(small)
+    # What the weights' own rounding does, computed in float64: the loss that is stated is of this size.
+    rounded = TinyDetector(width=2048)
+    for parameter in rounded.parameters():
+        if parameter.numel() >= half.SMALLEST:
+            parameter.data = parameter.data.half().float()
+    images = noise(1, 3, 50, 60)
+    actual, exact = run(small.path, images)[1], in_float64(rounded, images)[1]
+    np.testing.assert_allclose(actual, exact, atol=1e-4 * exact.max())
+    true = np.abs(exact - in_float64(task, images)[1]).max() / exact.max()
+    assert true > 1e-6
+    assert true / 20 < small.loss.map < 20 * true + 1e-3
+    assert "zoo.half_loss" not in metadata(whole.path)
+
+
+def test_half_measures_on_the_runs_validation_images(tmp_path, task, monkeypatch):
+    # Scores of these lie on both sides of a threshold that rounding moves them across.
+    images = [noise(1, 3, 32, 40, seed=seed) for seed in range(6)]
+    monkeypatch.setattr(half, "validation_images", lambda data: images)
+    result = to_onnx(task, tmp_path / "m.onnx", half=True)
+    assert (result.loss.images, result.loss.source) == (6, "validation images")
+    found = [abs(run(result.path, image)[0][0] - in_float64(task, image)[0][0]) / 1.5 for image in images]
+    # Both sides computed in float32 or better; 1e-6 of a score is float32's noise.
+    assert result.loss.score == pytest.approx(max(found), abs=3e-6)
+
+
+def test_half_counts_labels_that_change(task):
+    images = noise(1, 3, 32, 40)
+
+    class Shifted(TinyDetector):
+        def inference(self, images):
+            score, anomaly_map = super().inference(images)
+            return Output(score - 0.5, anomaly_map)
+
+    from zoo.export import anysize
+
+    other = Shifted()
+    score = float(in_float64(task, images)[0][0])
+    content = to_onnx_bytes(task)
+    patched = pytest.MonkeyPatch()
+    patched.setattr(half, "validation_images", lambda data: [images])
+    try:
+        network = anysize.AnySize(other, other.img_size)
+        assert half.measure(content, network, {}, (3, 32, 40), score - 0.25).changed == 1
+        assert half.measure(content, network, {}, (3, 32, 40), score + 0.25).changed == 0
+    finally:
+        patched.undo()
+
+
+def to_onnx_bytes(task):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(to_onnx(task, Path(folder) / "m.onnx").path).read_bytes()
+
+
+def test_a_weight_beyond_16_bits_is_refused(tmp_path):
+    task = TinyDetector()
+    task.teacher.weight.data[0, 0, 0, 0] = 1e6
+    with pytest.raises(ExportError, match=r"teacher\.weight holds 1e\+06"):
+        to_onnx(task, tmp_path / "m.onnx", half=True)
+    assert list(tmp_path.iterdir()) == []
