@@ -16,7 +16,7 @@ class Output(NamedTuple):
 class TinyDetector(nn.Module):
     """Distance of two convolutions' features, as a student's from its teacher's; img_size is not square on purpose."""
 
-    def __init__(self, img_size=(32, 40), in_chans=3, threshold=1.5, width=64):
+    def __init__(self, img_size=(32, 40), in_chans=3, threshold=9.5, width=64):
         super().__init__()
         torch.manual_seed(0)
         self.teacher = nn.Conv2d(in_chans, width, 5, stride=4, padding=2)
@@ -57,7 +57,7 @@ class Brightness(TinyDetector):
 def in_float64(task, images):
     """Score and map of images uint8 (B, C, H, W) in float64, with torchvision's filter around the task's network."""
     task = copy.deepcopy(task).double()
-    pixels = torch.from_numpy(images).double() / 255
+    pixels = torch.tensor(images).double() / 255
     with torch.no_grad():
         small = F.interpolate(pixels, task.img_size, mode="bilinear", antialias=True)
         score, anomaly_map = task.inference(small)
