@@ -208,3 +208,13 @@ def test_a_weight_beyond_16_bits_is_refused(tmp_path):
     with pytest.raises(ExportError, match=r"teacher\.weight holds 1e\+06"):
         to_onnx(task, tmp_path / "m.onnx", half=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("given", "written"), [(3.5, "3.5"), (float("nan"), "9.5"), (None, "9.5")])
+def test_threshold_of_pixels(given, written):
+    """Without masks in validation a detector has none of pixels; the one of images stands in."""
+    from zoo.export.metadata import build_metadata
+
+    entries = build_metadata(TinyDetector().export_meta() | {"pixel_threshold": given}, {"tile": 64, "tile_overlap": 8})
+    assert (entries["zoo.threshold"], entries["zoo.pixel_threshold"]) == ("9.5", written)
+    assert (entries["zoo.tile"], entries["zoo.tile_overlap"]) == ("64", "8")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -80,13 +81,13 @@ def _of_classification(meta: Mapping[str, Any], data: Mapping[str, Any]) -> dict
 
 def _of_anomaly_detection(meta: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
     threshold = threshold_of(meta)
-    pixels = threshold if meta.get("pixel_threshold") is None else float(meta["pixel_threshold"])
+    pixels = float("nan") if meta.get("pixel_threshold") is None else float(meta["pixel_threshold"])
     tile = data.get("tile")
     return {
         "zoo.method": str(meta["method"]),
         "zoo.layers": json.dumps(meta.get("layers")),
         "zoo.threshold": repr(threshold),
-        "zoo.pixel_threshold": repr(pixels),
+        "zoo.pixel_threshold": repr(pixels if math.isfinite(pixels) else threshold),
         "zoo.tile": json.dumps(None if tile is None else int(tile)),
         "zoo.tile_overlap": json.dumps(None if tile is None else data.get("tile_overlap")),
     }
