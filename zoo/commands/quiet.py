@@ -34,6 +34,7 @@ _WARNED = (
     r".*pkg_resources is deprecated.*",
     r".*Found .* module\(s\) in eval mode at the start of training.*",
     r".*Be aware that when using `ckpt_path`.*",
+    r".*Using ModelCheckpoint with manual optimization.*",
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",
 )
 

@@ -160,6 +160,17 @@ def check_training_values(given: Mapping[str, Any]) -> None:
             raise UsageError(f"{key}={given[key]}: it cannot be negative")
 
 
+def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Raises UsageError where a checkpoint's hyperparameters differ from those at hand in one of `names`.
+
+    Args:
+        names: hyperparameter -> what it is called in the error.
+    """
+    for key, what in names.items():
+        if key in saved and (saved[key] or None) != (given[key] or None):
+            raise UsageError(f"the checkpoint's {what} is {saved[key]!r}, but the run asks for {given[key]!r}")
+
+
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of an image size that may be one side.
 

@@ -14,9 +14,17 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.errors import UsageError
 from zoo.tasks.backbone import create_backbone, head_parameters, own_size
-from zoo.tasks.base import Task, check_training_values, pair
+from zoo.tasks.base import Task, check_same, check_training_values, pair
 from zoo.tasks.plain import plain
 from zoo.tasks.speed import TrainingGraph, compile_in_place
+
+_SAME = {
+    "backbone": "backbone",
+    "backbone_options": "backbone options",
+    "attn": "attention",
+    "attn_options": "attention options",
+    "in_chans": "number of channels",
+}
 
 
 class Classification(Task):
@@ -258,15 +266,7 @@ class Classification(Task):
 
 def check_same_network(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raises UsageError where a checkpoint's hyperparameters describe another network than the one at hand."""
-    for key, what in (
-        ("backbone", "backbone"),
-        ("backbone_options", "backbone options"),
-        ("attn", "attention"),
-        ("attn_options", "attention options"),
-        ("in_chans", "number of channels"),
-    ):
-        if key in saved and (saved[key] or None) != (given[key] or None):
-            raise UsageError(f"the checkpoint's {what} is {saved[key]!r}, but the run asks for {given[key]!r}")
+    check_same(saved, given, _SAME)
     theirs, ours = list(saved.get("class_names", given["class_names"])), list(given["class_names"])
     if len(theirs) != len(ours):
         raise UsageError(f"the checkpoint knows {len(theirs)} classes, but the data has {len(ours)}")
