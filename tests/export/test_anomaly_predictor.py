@@ -127,6 +127,8 @@ def test_outline_at_the_edge_of_the_image():
     inside = np.zeros((4, 5), bool)
     inside[0:2, 3:5] = True
     assert room.outline(inside).tolist() == [[0, 0, 0, 255, 255], [0, 0, 0, 255, 255], [0] * 5, [0] * 5]
+    thick = room.outline(np.pad(np.ones((7, 9), bool), 2), 3)
+    assert thick[2:9, 2:11].tolist() == [[255] * 9] * 3 + [[255] * 3 + [0] * 3 + [255] * 3] + [[255] * 9] * 3
     assert not room.outline(np.ones((3, 3), bool)).any()
     assert not room.outline(np.zeros((3, 3), bool)).any()
 

@@ -139,7 +139,9 @@ class Inspection:
         # One byte per pixel and tables from there on: a photo of 100 million pixels stays a few hundred megabytes.
         level = np.clip(self.map * np.float32(scale), 0, 255).astype(np.uint8)
         mixed = Image.composite(Image.fromarray(_COLOURS[level]), photo, Image.fromarray(_OPACITY[level]))
-        mixed.paste((255, 255, 255), mask=Image.fromarray(outline(self.map > self.pixel_threshold)))
+        # A line of one pixel would not be seen in a large photo that is shown small.
+        edge = outline(self.map > self.pixel_threshold, max(1, min(self.map.shape) // 400))
+        mixed.paste((255, 255, 255), mask=Image.fromarray(edge))
         return mixed
 
 
@@ -157,20 +159,16 @@ def _colours() -> tuple[np.ndarray, np.ndarray]:
 _COLOURS, _OPACITY = _colours()
 
 
-def outline(inside: np.ndarray) -> np.ndarray:
-    """Uint8 (H, W): 255 on the pixels of a bool (H, W) region that touch its outside, over the edge of the image too
-    when the region does not fill it.
+def outline(inside: np.ndarray, width: int = 1) -> np.ndarray:
+    """Uint8 (H, W): 255 on the outermost `width` pixels of a bool (H, W) region, along the edge of the image too, but
+    nowhere when the region is all of it.
     """
     if inside.all():
         return np.zeros(inside.shape, np.uint8)
-    core = inside.copy()
-    for axis in (0, 1):
-        for step in (1, -1):
-            shifted = np.roll(inside, step, axis)
-            edge = [slice(None)] * 2
-            edge[axis] = slice(0, 1) if step == 1 else slice(-1, None)
-            shifted[tuple(edge)] = False
-            core &= shifted
+    core = inside
+    for _ in range(width):
+        framed = np.pad(core, 1)
+        core = core & framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
     return (inside & ~core).astype(np.uint8) * 255
 
 
