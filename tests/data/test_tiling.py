@@ -1,5 +1,7 @@
 """Tiles cover an image, share what they should, and their maps join without a seam."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ SIZES = [(90, 75), (33, 64), (20, 100), (10, 7), (48, 48)]
 def test_starts_cover_with_the_fewest_tiles_that_share_enough(length, tile, overlap):
     found = tiling.starts(length, tile, overlap)
     assert (found[0], found[-1] + tile) == (0, length)
-    assert min(a + tile - b for a, b in zip(found, found[1:], strict=False)) >= overlap
+    assert min(a + tile - b for a, b in itertools.pairwise(found)) >= overlap
     # One tile fewer would leave less than `overlap` somewhere: n tiles reach n * tile - (n - 1) * overlap at most.
     fewer = len(found) - 1
     assert fewer * tile - (fewer - 1) * overlap < length
