@@ -42,6 +42,7 @@ EXTRAS = {
     "pytorch_lightning",
     "jsonargparse",
     "torchmetrics",
+    "scipy",
     "albumentations",
     "tensorboard",
     "matplotlib",
