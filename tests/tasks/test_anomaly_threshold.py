@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import f1_score
 
 from zoo.errors import UsageError
-from zoo.tasks.threshold import ImageScores, choose_threshold
+from zoo.tasks.threshold import KeptScores, choose_threshold
 
 
 def f1_at(scores, labels, threshold):
@@ -70,7 +70,7 @@ def test_nothing_to_choose_from():
 
 
 def test_scores_of_all_batches_are_kept():
-    metric = ImageScores()
+    metric = KeptScores()
     assert [len(part) for part in metric.compute()] == [0, 0]
     metric.reset()
     metric.update(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))

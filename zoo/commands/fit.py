@@ -129,7 +129,7 @@ def _closing(folder: Path, trainer: Any, task: Any, data: Any, seconds: float, s
         lines += task.left(folder, "val")
     name = shlex.quote(_name(folder))
     following = [f"zoo export {name} model.onnx", f"zoo predict {name} IMAGES..."]
-    if getattr(data, "hparams", {}).get("test_split"):
+    if getattr(data, "hparams", {}).get("test_split") or getattr(data, "has_test", False):
         following.append(f"zoo test --run {name}")
     lines += [("next" if i == 0 else "", line) for i, line in enumerate(following)]
     return facts(lines)

@@ -49,7 +49,7 @@ def _best_f1(scores: Tensor, defective: Tensor) -> float:
     return float(middle if middle.double() < upper else lower.float())
 
 
-class ImageScores(Metric):
+class KeptScores(Metric):
     """All scores and labels of an epoch, over all devices: (scores float32 (N,), defective bool (N,)).
 
     One number an image, so its size is bounded by the number of images.
