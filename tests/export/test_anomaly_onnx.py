@@ -11,7 +11,7 @@ from PIL import Image
 
 from zoo.errors import UsageError
 from zoo.export import ExportError, half, to_onnx
-from zoo.export.anysize import resize
+from zoo.export.anysize import AnySize
 
 from .anomaly_task import Output, TinyDetector, in_float64
 from .conftest import TinyTask
@@ -72,19 +72,65 @@ def test_metadata_and_result(exported):
     assert "of the largest map value" in str(exported)
 
 
-@pytest.mark.parametrize("given", [(64, 80), (200, 37), (33, 300), (20, 11)])
-def test_resize_is_pillows_bilinear(given):
-    image = noise(*given)
-    expected = np.asarray(Image.fromarray(image).resize((40, 32), Image.Resampling.BILINEAR), np.float64)
-    actual = resize(torch.from_numpy(image[None, None]).float(), (32, 40))[0, 0].numpy()
+class Seen(TinyDetector):
+    """Keeps what it is shown; its map is a random one."""
+
+    def inference(self, images):
+        self.images = images
+        self.map = torch.rand(len(images), 1, *self.img_size, generator=torch.Generator().manual_seed(1))
+        return Output(self.map.flatten(1).amax(1), self.map)
+
+
+@pytest.mark.parametrize("given", [(64, 80), (200, 37), (33, 300), (20, 11), (32, 40), (1, 1), (500, 1)])
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("img_size", [(32, 40), (48, 48)])
+def test_images_are_fitted_in_as_in_training(given, pad, img_size):
+    """Against Pillow: stretched, or at the top left and continued by the last pixels; and the map back."""
+    task, image = Seen(img_size), noise(*given, 3)
+    _, anomaly_map = AnySize(task, img_size, pad)(torch.from_numpy(image).permute(2, 0, 1)[None])
+    scale = min(img_size[0] / given[0], img_size[1] / given[1])
+    inner = [max(1, min(m, round(s * scale))) for s, m in zip(given, img_size, strict=True)] if pad else img_size
+    fitted = Image.fromarray(image).resize((inner[1], inner[0]), Image.Resampling.BILINEAR)
+    missing = [(0, whole - part) for whole, part in zip(img_size, inner, strict=True)]
+    expected = np.pad(np.asarray(fitted, np.float64), [*missing, (0, 0)], mode="edge")
+    difference = np.abs(255 * task.images[0].permute(1, 2, 0).numpy() - expected)
     # Pillow rounds to whole levels after each of its two passes, 0.5 each, of weights with 22 bits.
-    assert np.abs(actual - expected).max() <= 1.01
-    assert np.abs(actual - expected).mean() < 0.5
+    assert difference.max() <= 1.01
+    assert difference.mean() < 0.5
+    # Pillow's own arithmetic on float pixels; torch's antialiased filter is wrong where the result is one pixel wide.
+    part = Image.fromarray(task.map[0, 0, : inner[0], : inner[1]].numpy())
+    back = np.asarray(part.resize((given[1], given[0]), Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(anomaly_map[0, 0].numpy(), back, atol=1e-6)
 
 
-def test_resize_to_its_own_size_changes_nothing():
-    images = torch.rand(2, 3, 32, 40)
-    assert torch.equal(resize(images, (32, 40)), images)
+def test_fitting_in_is_that_of_the_data_module():
+    pytest.importorskip("lightning", reason="needs the train extra")
+    from zoo.data.anomaly_images import Look, whole
+
+    # Sizes at which a side falls on half a pixel or next to it: 40 * 32 / 1024 and its like.
+    for given in [(100, 1040), (1040, 100), (64, 3), (77, 770), (81, 65), (3, 64)]:
+        image, task = noise(*given, 3), Seen((32, 32))
+        AnySize(task, (32, 32), pad=True)(torch.from_numpy(image).permute(2, 0, 1)[None])
+        theirs = whole(Image.fromarray(image), Look((32, 32), "pad", 3, None, 0)).astype(np.float64)
+        assert np.abs(255 * task.images[0].permute(1, 2, 0).numpy() - theirs).max() <= 1.01, given
+
+
+def test_padding_is_in_the_graph(tmp_path, monkeypatch):
+    from zoo.export import onnx as module
+
+    monkeypatch.setattr(module, "_resolve", lambda source: (source, {"resize": "pad"}))
+    task = TinyDetector()
+    path = to_onnx(task, tmp_path / "m.onnx").path
+    for size in [(64, 64), (30, 90), (1, 7), (81, 65)]:
+        images = noise(2, 3, *size)
+        with torch.no_grad():
+            expected = AnySize(task, task.img_size, pad=True)(torch.from_numpy(images))
+            stretched = AnySize(task, task.img_size)(torch.from_numpy(images))
+        found = run(path, images)
+        np.testing.assert_allclose(found[1], expected[1].numpy(), atol=1e-4 * float(expected[1].max()))
+        np.testing.assert_allclose(found[0], expected[0].numpy(), rtol=1e-4)
+        assert not np.allclose(found[1], stretched[1].numpy(), atol=1e-2)
+    assert metadata(path)["zoo.resize"] == "pad"
 
 
 def test_grey_detector(tmp_path):
@@ -179,15 +225,13 @@ def test_half_counts_labels_that_change(task):
             score, anomaly_map = super().inference(images)
             return Output(score - 0.5, anomaly_map)
 
-    from zoo.export import anysize
-
     other = Shifted()
     score = float(in_float64(task, images)[0][0])
     content = to_onnx_bytes(task)
     patched = pytest.MonkeyPatch()
     patched.setattr(half, "validation_images", lambda data: [images])
     try:
-        network = anysize.AnySize(other, other.img_size)
+        network = AnySize(other, other.img_size)
         assert half.measure(content, network, {}, (3, 32, 40), score - 0.25).changed == 1
         assert half.measure(content, network, {}, (3, 32, 40), score + 0.25).changed == 0
     finally:
@@ -218,3 +262,25 @@ def test_threshold_of_pixels(given, written):
     entries = build_metadata(TinyDetector().export_meta() | {"pixel_threshold": given}, {"tile": 64, "tile_overlap": 8})
     assert (entries["zoo.threshold"], entries["zoo.pixel_threshold"]) == ("9.5", written)
     assert (entries["zoo.tile"], entries["zoo.tile_overlap"]) == ("64", "8")
+
+
+@pytest.mark.parametrize("tile", [None, 24])
+def test_validation_images_are_those_of_the_run(tmp_path, tile):
+    pytest.importorskip("lightning", reason="needs the train extra")
+    (tmp_path / "good").mkdir()
+    pictures = {}
+    for number in range(30):
+        pictures[number] = noise(40, 56, 3, seed=number) // 4 + 8 * number
+        Image.fromarray(pictures[number]).save(tmp_path / "good" / f"{number:02d}.png")
+    data = {"root": str(tmp_path), "img_size": (40, 56), "tile": tile, "val_split": 0.6, "num_workers": 2}
+    images = half.validation_images(data)
+    # Sixteen good ones and sixteen with a drawn defect; 18 images are held out, or their 2 x 3 tiles.
+    assert len(images) == 32
+    assert {image.shape for image in images} == {(1, 3, *((tile, tile) if tile else (40, 56)))}
+    assert {image.dtype for image in images} == {np.dtype(np.uint8)}
+    if tile is None:
+        whole = {picture.tobytes() for picture in pictures.values()}
+        known = [image[0].transpose(1, 2, 0).tobytes() in whole for image in images]
+        assert known == [True] * 16 + [False] * 16
+    assert half.validation_images(data | {"root": str(tmp_path / "gone")}) == []
+    assert half.validation_images({}) == []

@@ -23,7 +23,7 @@ class CheckpointPredictor(Predictor):
         task.to(device)
 
         meta = task.export_meta()
-        network = graph_of(meta).network(task)
+        network = graph_of(meta, data).network(task)
         return build_metadata(meta, data), lambda batch: outputs_of(network, batch, device)
 
 

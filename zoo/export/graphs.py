@@ -24,6 +24,7 @@ class Graph:
         shape: (C, H, W) of an image at the model's own size.
         floor: an output's error is a part of its largest value, or of this where that is smaller.
         unit: what an error is called a part of.
+        pad: images keep their shape inside the model's size; see `AnySize`.
     """
 
     task: str
@@ -33,10 +34,11 @@ class Graph:
     classes: int
     floor: float
     unit: str
+    pad: bool = False
 
     def network(self, task: nn.Module) -> nn.Module:
         """The task as a network of one input."""
-        return _Inference(task) if self.task == "classification" else AnySize(task, self.shape[1:])
+        return _Inference(task) if self.task == "classification" else AnySize(task, self.shape[1:], self.pad)
 
     def example(self) -> Tensor:
         """Images to trace with; no free dimension has the size of another or of the model."""
@@ -59,8 +61,8 @@ class Graph:
         return [(batch, self.classes)] if self.task == "classification" else [(batch,), (batch, 1, height, width)]
 
 
-def graph_of(meta: Mapping[str, Any]) -> Graph:
-    """The graph of the task whose `export_meta` is given.
+def graph_of(meta: Mapping[str, Any], data: Mapping[str, Any]) -> Graph:
+    """The graph of the task whose `export_meta` is given, for images as the data with these hyperparameters fits them.
 
     Raises:
         UsageError: a task that cannot be exported.
@@ -72,7 +74,9 @@ def graph_of(meta: Mapping[str, Any]) -> Graph:
         free = {0: "batch", 2: "height", 3: "width"}
         # Nothing is decided far below the threshold, so errors there need not be a small part of a vanishing map.
         floor = abs(threshold_of(meta))
-        return Graph("anomaly_detection", ("score", "map"), free, shape, 0, floor, "map value")
+        # Tiles are stretched to the model's size, whatever becomes of whole images.
+        pad = data.get("resize") == "pad" and data.get("tile") is None
+        return Graph("anomaly_detection", ("score", "map"), free, shape, 0, floor, "map value", pad)
     raise unknown("task", meta["task"], _BATCH_SIZES)
 
 

@@ -6,6 +6,7 @@ could go wrong; there is no gain in speed either.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -100,25 +101,33 @@ def measure(content: bytes, network: nn.Module, data: Mapping[str, Any], shape: 
 
 
 def validation_images(data: Mapping[str, Any]) -> list[np.ndarray]:
-    """Up to 32 validation images of a run, good ones and synthetic defects, each uint8 (1, C, H, W); none where its
-    folder is gone.
+    """Up to 32 validation images of a run, good ones and synthetic defects, or tiles of them where the run has tiles,
+    each uint8 (1, C, H, W); none where its folder is gone.
     """
     if not data:
         return []
-    from zoo.data import AnomalyDetection  # type: ignore[attr-defined]
+    from zoo.data import AnomalyDetection
+    from zoo.data.tiling import split
 
-    found: list[np.ndarray] = []
+    # The good ones come first, and a loss is about both sides of the threshold.
+    found: dict[int, list[np.ndarray]] = {0: [], 1: []}
+    # How the data splits its images was said when the run began.
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
-        module = AnomalyDetection(**{**data, "num_workers": 0})
-        module.setup("validate")
-        loaders = module.val_dataloader()
-        for loader in loaders if isinstance(loaders, list) else [loaders]:
-            for batch in loader:
-                images = batch["image"]
-                pixels = (images * 255).round() if images.dtype.is_floating_point else images
-                found += [image[None].numpy().astype(np.uint8) for image in pixels]
-                if len(found) >= IMAGES:
-                    break
+        for batch in AnomalyDetection(**{**data, "num_workers": 0}).val_dataloader():
+            pixels, labels = batch["image"], batch["label"]
+            if batch.get("tile") is not None:
+                pixels = split(pixels, batch["tile"], batch["tile_overlap"])[0]
+                labels = labels.expand(len(pixels))
+            for image, label in zip(pixels, labels.tolist(), strict=True):
+                if len(found[label]) < IMAGES // 2:
+                    found[label].append(image[None].numpy())
+            if min(map(len, found.values())) == IMAGES // 2:
+                break
     except (UsageError, OSError):
         return []
-    return found[:IMAGES]
+    finally:
+        logger.setLevel(level)
+    return found[0] + found[1]

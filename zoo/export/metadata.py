@@ -88,6 +88,7 @@ def _of_anomaly_detection(meta: Mapping[str, Any], data: Mapping[str, Any]) -> d
         "zoo.layers": json.dumps(meta.get("layers")),
         "zoo.threshold": repr(threshold),
         "zoo.pixel_threshold": repr(pixels if math.isfinite(pixels) else threshold),
+        "zoo.resize": "stretch" if tile is not None else str(data.get("resize") or "stretch"),
         "zoo.tile": json.dumps(None if tile is None else int(tile)),
         "zoo.tile_overlap": json.dumps(None if tile is None else data.get("tile_overlap")),
     }

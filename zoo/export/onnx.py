@@ -100,7 +100,7 @@ def to_onnx(
     with _partial_file(path) as partial:
         task, data = _resolve(source)
         meta = task.export_meta()
-        graph = graph_of(meta)
+        graph = graph_of(meta, data)
         _refuse_options_of_others(graph, preprocess, half)
         metadata = build_metadata(meta, data | dict(preprocess or {}))
         task = _separate_copy(task)
