@@ -66,6 +66,14 @@ def test_train_without_a_test_folder(tmp_path):
         layout.test()
 
 
+@pytest.mark.parametrize("name", ["validation", "val", "valid/good"])
+def test_own_validation_images(tmp_path, name):
+    root = tree(tmp_path, *MVTEC, f"{name}/*2.png")
+    assert [row[0] for row in seen(open_layout(root, None, "auto").val(), root)] == [
+        f"{name}/{n}.png" for n in range(2)
+    ]
+
+
 def test_mvtec_ad_2(tmp_path):
     root = tree(tmp_path / "ad2", "can/train/good/*2.png", "can/validation/good/*2.png")
     tree(root / "can", "test_public/good/0.png", "test_public/bad/0.png", "test_public/ground_truth/bad/0_mask.png")

@@ -44,6 +44,14 @@ def test_nothing_outside_the_mask_changes_and_inside_it_shows(name):
     assert max(sizes) > 20 * min(sizes)
 
 
+def test_grey_stays_grey():
+    """Colour in a picture without any would be found too easily."""
+    for name in ("black", "middle", "ramp"):
+        for seed in range(30):
+            spoilt, _ = draw_defect(backgrounds()[name], seed)
+            assert (spoilt == spoilt[..., :1]).all()
+
+
 def test_a_function_of_the_seed_alone():
     image = backgrounds()["noise"]
     first = draw_defect(image, 7)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from zoo.data.anomaly_images import DictLoader, GoodImages, GoodTiles, JudgedImages, Look, TileSampler
 from zoo.data.anomaly_layouts import LAYOUTS, Layout, Photo, open_layout
 from zoo.data.augmentation import Augmentation
+from zoo.data.holdout import hold_out
 from zoo.data.labelled import leave_out
 from zoo.data.masks import check_size
 from zoo.data.sampler import EpochSampler
@@ -46,8 +47,8 @@ class AnomalyDetection(LightningDataModule):
         tile: side in pixels of the tiles that large images are looked at in; None for whole images.
         tile_overlap: pixels that neighbouring tiles share; a quarter of a tile when absent.
         batch_size, num_workers: of a process.
-        val_split: share of the good images held out for validation, the same for every seed; when absent, the
-            dataset's own validation images, else a tenth.
+        val_split: share of the good images held out for validation, the same for every seed, near copies together;
+            when absent, the dataset's own validation images, else a tenth.
         test_split: share of the good images held out to test on, only for plain folders with a folder of bad ones.
         synthetic: whether validation has drawn defects.
         seed: of order, augmentation and drawn defects.
@@ -119,8 +120,8 @@ class AnomalyDetection(LightningDataModule):
         return self._judged(JudgedImages(photos, self._look(), spoilt, self.hparams.seed))
 
     def test_dataloader(self) -> DataLoader:
-        _, _, good = self._split()
-        photos = good + self._open().test()
+        layout = self._open()
+        photos = (self._split()[2] if layout.holds_out else []) + layout.test()
         bare = [photo.path for photo in photos if photo.label and photo.mask is None]
         if bare:
             rank_zero_warn(
@@ -149,12 +150,12 @@ class AnomalyDetection(LightningDataModule):
         train, val = layout.train(), []
         test: list[Photo] = []
         if layout.holds_out and layout.has_test():
-            train, test = _hold_out(train, self.hparams.test_split, "test")
+            train, test = hold_out(train, self.hparams.test_split, "test")
             rank_zero_info(f"{len(test)} of the good images are held out to be tested on with the bad ones")
         if share is None:
             val = layout.val()
         if not val:
-            train, val = _hold_out(train, _DEFAULT_SHARE if share is None else share, "val")
+            train, val = hold_out(train, _DEFAULT_SHARE if share is None else share, "val")
         drawn = ", each also with a drawn defect" if self.hparams.synthetic else ""
         rank_zero_info(f"{len(train)} good images to train on, {len(val)} to validate on{drawn}")
         self._parts = train, val, test
@@ -196,20 +197,6 @@ class AnomalyDetection(LightningDataModule):
 
     def _unreadable(self, name: str, reason: str) -> None:
         leave_out(self.skipped, self.hparams.on_error, name, reason)
-
-
-def _hold_out(photos: list[Photo], share: float, purpose: str) -> tuple[list[Photo], list[Photo]]:
-    """The rest and the share, at least one image each, the same for every seed."""
-    count = max(1, round(share * len(photos)))
-    if count >= len(photos):
-        folder = photos[0].path.rpartition("/")[0]
-        raise UsageError(
-            f"a share of {share} for {purpose} of {len(photos)} good images leaves nothing to train on; add good "
-            f"images to {folder!r} (some dozens at least)"
-        )
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(photos), generator=generator).tolist()
-    return [photos[n] for n in sorted(order[count:])], [photos[n] for n in sorted(order[:count])]
 
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from zoo.errors import UsageError, unknown
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 GOOD = ("good", "ok", "normal")
 BAD = ("bad", "defect", "defects", "defective", "anomaly", "anomalous", "ng", "ko")
+VALIDATION = ("validation", "val", "valid")
 MASKS = ("masks", "mask", "ground_truth")
 
 
@@ -66,7 +67,7 @@ class Layout:
 
 
 class MVTec(Layout):
-    """train/good, test/{good,KIND}, ground_truth/KIND/NAME_mask.png (or NAME.png)."""
+    """train/good, perhaps validation/good, test/{good,KIND}, ground_truth/KIND/NAME_mask.png (or NAME.png)."""
 
     test_name, masks_name = "test", "ground_truth"
 
@@ -76,6 +77,10 @@ class MVTec(Layout):
 
     def train(self) -> list[Photo]:
         return _good_only(self.folder / "train")
+
+    def val(self) -> list[Photo]:
+        folder = _named(self.folder, VALIDATION)
+        return _good_only(folder) if folder is not None else []
 
     def has_test(self) -> bool:
         return any(images_in(self.folder / self.test_name))
@@ -119,10 +124,6 @@ class MVTecAD2(MVTec):
     @staticmethod
     def fits(folder: Path) -> bool:
         return (folder / "train").is_dir() and (folder / "test_public").is_dir()
-
-    def val(self) -> list[Photo]:
-        folder = self.folder / "validation"
-        return _good_only(folder) if folder.is_dir() else []
 
     def _masks(self) -> Path | None:
         folder = self.folder / self.test_name / self.masks_name

@@ -82,7 +82,7 @@ def _stain(image: np.ndarray, box: list[int], before: np.ndarray, rng: np.random
     middle = before.mean()
     dark = rng.random() < (middle - 60) / 135
     target = rng.uniform(0, middle * 0.5) if dark else rng.uniform((middle + 255) / 2, 255)
-    tint = target + rng.normal(0, 12, before.shape[-1])
+    tint = target + _tint(before, rng)
     strength = rng.uniform(0.5, 0.95)
     return before + strength * (tint - before)
 
@@ -99,7 +99,13 @@ def _texture(image: np.ndarray, box: list[int], before: np.ndarray, rng: np.rand
     """Grains that the image does not have, on what is there."""
     cells = max(2, max(box) // int(rng.integers(2, 6)))
     grains = _smooth(box, rng, cells)[..., None] * rng.uniform(40, 110)
-    return before + grains + rng.normal(0, 15, before.shape[-1])
+    return before + grains + _tint(before, rng)
+
+
+def _tint(before: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A shift of each channel (C,): the more colour there is, the more; grey stays grey."""
+    colour = min(1.0, float(before.std(-1).mean()) / 10)
+    return rng.normal(0, 12 * colour, before.shape[-1:])
 
 
 _KINDS: list[tuple[Callable, Callable]] = [(_blob, _stain), (_line, _stain), (_blob, _graft), (_blob, _texture)]
