@@ -46,7 +46,7 @@ class AUPRO(BinnedScores):
     Transformer to Pinpoint Anomalies" (IEEE Access), for the positions and the sizes.
     """
 
-    key_types: ClassVar[dict[str, torch.dtype]] = {"good": torch.int32, "bad": torch.int64}
+    key_types: ClassVar[dict[str, torch.dtype]] = {"good_pixels": torch.int32, "regions": torch.int64}
 
     def __init__(
         self,
@@ -86,14 +86,14 @@ class AUPRO(BinnedScores):
         values, defective = checked_maps(maps, masks)
         for keys, mask in zip(ordered(values), defective, strict=True):
             if not mask.any():
-                self._add("good", keys.reshape(-1))
+                self._add("good_pixels", keys.reshape(-1))
                 continue
-            self._add("good", keys[~mask])
-            self._add("bad", (component_sizes(mask) << SIZE_SHIFT) + (keys[mask].astype(np.int64) + SIGN))
+            self._add("good_pixels", keys[~mask])
+            self._add("regions", (component_sizes(mask) << SIZE_SHIFT) + (keys[mask].astype(np.int64) + SIGN))
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars named "aupro_<limit>", "aupro_q1_<limit>" to q4, or "aupro_weighted_<limit>"."""
-        good, bad = self._bins("good"), self._bins("bad")
+        good, bad = self._bins("good_pixels"), self._bins("regions")
         size = bad.key >> SIZE_SHIFT
         score = ((bad.key & 0xFFFFFFFF) - SIGN).astype(np.int32)
         steps = align(good, Bins(score, bad.counts, bad.mixed, bad.level))

@@ -28,7 +28,8 @@ class BinnedScores(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
-    key_types: ClassVar[dict[str, torch.dtype]] = {"good": torch.int32, "bad": torch.int32}
+    # Good ones first. A collection shares states of equal names and contents: what differs in meaning differs in name.
+    key_types: ClassVar[dict[str, torch.dtype]]
 
     def __init__(self, max_bins: int = DEFAULT_MAX_BINS, **kwargs: Any) -> None:
         """Args:

@@ -1,8 +1,9 @@
 """How well scores rank defective pixels or images above good ones: AUROC, AUPR and the largest F1."""
 
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from zoo.errors import UsageError
@@ -11,8 +12,23 @@ from zoo.metrics.bins import ordered, score_of
 from zoo.metrics.curves import Steps, align, auroc, average_precision, largest_f1
 
 
-class PixelScores(BinnedScores):
+class _Ranking(BinnedScores):
+    def _split(self, values: np.ndarray, defective: np.ndarray) -> None:
+        """Takes scores and flags of one shape."""
+        keys = ordered(values)
+        for kind, flags in zip(self.key_types, (~defective, defective), strict=True):
+            self._add(kind, keys[flags])
+
+    def _steps(self) -> tuple[Steps, np.ndarray]:
+        good, bad = (self._bins(kind) for kind in self.key_types)
+        steps = align(good, bad)
+        return steps, steps.weigh(bad.counts)
+
+
+class PixelScores(_Ranking):
     """Every pixel is one sample, over all images together."""
+
+    key_types: ClassVar[dict[str, torch.dtype]] = {"good_pixels": torch.int32, "bad_pixels": torch.int32}
 
     def update(self, maps: Tensor, masks: Tensor) -> None:
         """Takes maps (B, 1, H, W) or (B, H, W), floating, and masks of the same size, bool or 0 and 1, True defective.
@@ -20,14 +36,13 @@ class PixelScores(BinnedScores):
         Raises:
             UsageError: other shapes, scores that are not finite, masks that are not binary.
         """
-        values, defective = checked_maps(maps, masks)
-        keys = ordered(values)
-        self._add("good", keys[~defective])
-        self._add("bad", keys[defective])
+        self._split(*checked_maps(maps, masks))
 
 
-class ImageScores(BinnedScores):
+class ImageScores(_Ranking):
     """Every image is one sample."""
+
+    key_types: ClassVar[dict[str, torch.dtype]] = {"good_images": torch.int32, "bad_images": torch.int32}
 
     def update(self, scores: Tensor, targets: Tensor) -> None:
         """Takes scores (B,), floating, and targets (B,), bool or 0 and 1, True defective.
@@ -40,17 +55,7 @@ class ImageScores(BinnedScores):
                 f"scores {tuple(scores.shape)} and targets {tuple(targets.shape)} do not belong together: both must be "
                 "(B,), one number an image."
             )
-        values, defective = checked_scores(scores, "scores"), checked_flags(targets, "targets")
-        keys = ordered(values)
-        self._add("good", keys[~defective])
-        self._add("bad", keys[defective])
-
-
-class _Ranking(BinnedScores):
-    def _steps(self) -> tuple[Steps, Any]:
-        good, bad = self._bins("good"), self._bins("bad")
-        steps = align(good, bad)
-        return steps, steps.weigh(bad.counts)
+        self._split(checked_scores(scores, "scores"), checked_flags(targets, "targets"))
 
 
 class _AUROC(_Ranking):

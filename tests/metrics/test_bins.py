@@ -1,0 +1,89 @@
+"""Binned counts: what they hold depends on the scores alone, and they lose only what the cap forces them to."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from zoo.metrics import bins as module
+from zoo.metrics.bins import SMALLEST_MAX_BINS, Bins, absorb, ordered, score_of
+
+CAP = SMALLEST_MAX_BINS
+
+
+def empty(dtype=np.int32):
+    return Bins(np.zeros(0, dtype), np.zeros(0, np.int64), np.zeros(0, bool), 0)
+
+
+def by_counting(keys, max_bins):
+    """The definition, with dictionaries: {lower edge or only key: (count, mixed)} and the level."""
+    keys = [int(key) for key in keys]
+    pages = len({key >> 16 for key in keys}) if max(map(abs, keys)) < 2**31 else 0
+    level = 0
+    if len(set(keys)) > max_bins:
+        while len({key >> level for key in keys}) > max_bins or pages * 2.0 ** (16 - level) > 4 * max_bins:
+            level += 1
+    counts, members = Counter(key >> level for key in keys), {}
+    for key in set(keys):
+        members.setdefault(key >> level, []).append(key)
+    return {
+        (own[0] if len(own) == 1 else cell << level): (counts[cell], len(own) > 1) for cell, own in members.items()
+    }, level
+
+
+def as_dict(bins):
+    assert (np.diff(bins.key) > 0).all()
+    values = zip(bins.counts.tolist(), bins.mixed.tolist(), strict=True)
+    return dict(zip(bins.key.tolist(), values, strict=True)), bins.level
+
+
+def test_keys_keep_the_order_and_come_back():
+    edge = np.float32([0, 1e-45, 1e-38, 1, np.nextafter(np.float32(1), np.float32(2)), 3.4e38])
+    values = np.concatenate([-edge[::-1], edge])
+    keys = ordered(values)
+    assert (np.diff(keys.astype(np.int64)) >= 0).all()
+    assert (np.diff(keys) == 0).sum() == 1  # the two zeros
+    np.testing.assert_array_equal(score_of(keys), values)
+
+
+@pytest.mark.parametrize("dense_from", [1, 10**9], ids=["dense", "sorted"])
+def test_both_ways_to_count_follow_the_definition(oracles, distribution, dense_from, monkeypatch):
+    """40,000 scores in pieces into 16,384 bins; the dense counter must do whatever sorting does."""
+    monkeypatch.setattr(module, "DENSE_FROM", dense_from)
+    keys = ordered(oracles.scores(distribution, np.random.default_rng(1), 40_000))
+    bins = empty()
+    for piece in np.split(keys, [10, 5000, 5000, 30_000]):
+        bins = absorb(bins, piece, CAP)
+    assert as_dict(bins) == by_counting(keys, CAP)
+
+
+def test_the_cap_forces_levels(oracles):
+    """Else the test before would never leave level 0."""
+    levels = {
+        name: by_counting(ordered(oracles.scores(name, np.random.default_rng(1), 40_000)), CAP)[1]
+        for name in oracles.DISTRIBUTIONS
+    }
+    assert sum(level > 0 for level in levels.values()) >= 8
+    assert levels["ties"] == levels["constant"] == levels["concentrated"] == 0
+
+
+def test_sizes_of_components_stay_apart():
+    """64-bit keys: the upper half is never merged, however small the cap."""
+    rng = np.random.default_rng(0)
+    keys = (rng.integers(1, 9, 60_000) << 32) + rng.integers(0, 2**32, 60_000)
+    bins = absorb(absorb(empty(np.int64), keys[:777], CAP), keys[777:], CAP)
+    assert as_dict(bins) == by_counting(keys, CAP)
+    assert bins.level > 0
+    sizes, counts = np.unique(keys >> 32, return_counts=True)
+    np.testing.assert_array_equal(np.bincount(bins.key >> 32, weights=bins.counts)[sizes], counts)
+
+
+def test_union_of_two_is_one(oracles):
+    """Unsorted entries of two levels, as an exchange between processes leaves them, and the same from any side."""
+    keys = ordered(oracles.scores("normal", np.random.default_rng(2), 50_000))
+    small, large = absorb(empty(), keys[:3000], CAP), absorb(empty(), keys[3000:], CAP)
+    assert small.level == 0 < large.level
+    for a, b in ((small, large), (large, small)):
+        parts = [np.concatenate(pair) for pair in zip(a[:3], b[:3], strict=True)]
+        union = absorb(Bins(*parts, max(a.level, b.level)), keys[:0], CAP)
+        assert as_dict(union) == by_counting(keys, CAP)
