@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from zoo.errors import UsageError
 from zoo.tasks.backbone import create_backbone, head_parameters, own_size
 from zoo.tasks.base import Task, check_same, check_training_values, pair
+from zoo.tasks.callbacks import RunReport
 from zoo.tasks.plain import plain
 from zoo.tasks.speed import TrainingGraph, compile_in_place
 
@@ -118,8 +119,6 @@ class Classification(Task):
         return self.backbone
 
     def reports(self) -> list[Callback]:
-        from zoo.tasks.callbacks import RunReport
-
         return [RunReport()]
 
     def headline(self, metrics: Mapping[str, float], stage: str, best: float | None = None) -> list[tuple[str, str]]:
