@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
 from zoo.errors import UsageError
-from zoo.metrics.bins import DEFAULT_MAX_BINS, SLOTS_PER_BIN, SMALLEST_MAX_BINS, Bins, absorb
+from zoo.metrics.bins import DEFAULT_MAX_BINS, SMALLEST_MAX_BINS, WAITING_PER_BIN, Bins, absorb
 
 # What every value of this room is exact to, against the computation that keeps all scores.
 EXACT_TO = 1e-4
@@ -21,7 +21,7 @@ class BinnedScores(Metric):
     Scores count as float32: half precision and bfloat16 exactly, float64 rounded. While the distinct scores of a kind
     number at most `max_bins` nothing is lost. Beyond that scores that agree in their leading bits share a bin, and
     `compute` bounds what this can change from the bins themselves; if that is more than 1e-4, it warns and says so.
-    State: at most 13 bytes a bin (17 of components), and 4 bytes (8) for each of at most 4 x `max_bins` scores that
+    State: at most 13 bytes a bin (17 of components), and 4 bytes (8) for each of at most 8 x `max_bins` scores that
     wait to be binned.
     """
 
@@ -65,7 +65,7 @@ class BinnedScores(Metric):
         """Takes keys (n,) and bins all that wait when they are many."""
         waiting = getattr(self, f"{kind}_fresh")
         waiting.append(torch.from_numpy(keys).to(self.device))
-        if sum(len(part) for part in waiting) < SLOTS_PER_BIN * self.max_bins:
+        if sum(len(part) for part in waiting) < WAITING_PER_BIN * self.max_bins:
             return
         bins = self._bins(kind)
         parts = {"fresh": bins.key[:0], "key": bins.key, "count": bins.counts, "mixed": bins.mixed.astype(np.uint8)}
