@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from zoo.errors import UsageError
 from zoo.tasks import AnomalyDetection, NonFiniteLossError, load_task
+from zoo.tasks.callbacks import ProgressBar
 
 METHODS = ("l2bt", "memory_bank")
 
@@ -287,3 +289,24 @@ def test_a_checkpoint_of_another_detector_is_refused(finished, anomaly, tmp_path
 def test_wrong_arguments_say_what_is_valid(arguments, words, anomaly):
     with pytest.raises(UsageError, match=words):
         AnomalyDetection(**({"backbone": "test_efficientnet", "img_size": 32} | arguments))
+
+
+def test_a_bank_says_how_far_its_choice_is(anomaly, tmp_path, capsys):
+    arguments = {"max_epochs": 1, "enable_progress_bar": True}
+    trainer = anomaly.trainer(tmp_path, [ProgressBar()], **arguments)
+    trainer.fit(anomaly.task("memory_bank", head_options={"coreset": 0.5}), datamodule=anomaly.Data())
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Memory bank")]
+    assert re.fullmatch(r"Memory bank: places chosen ([\d,]+) of \1", lines[-1])
+
+
+def test_a_bank_draws_its_choice_in_a_terminal(anomaly, tmp_path, monkeypatch):
+    for name, value in (("TTY_COMPATIBLE", "1"), ("FORCE_COLOR", "1"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    bar, drawn = ProgressBar(), []
+    update = bar._update
+    monkeypatch.setattr(bar, "_update", lambda *args, **more: drawn.append(args) or update(*args, **more))
+    trainer = anomaly.trainer(tmp_path, [bar], max_epochs=1, enable_progress_bar=True)
+    trainer.fit(anomaly.task("memory_bank", head_options={"coreset": 0.9}), datamodule=anomaly.Data())
+    # 24 images of 8 x 8 places: the choice of nine tenths is told every so often, and its line goes when it is done.
+    assert len([done for _, done in drawn if done > 24]) > 5
+    assert bar._extra is None

@@ -20,7 +20,9 @@ _MORE = """frequent overrides (any option of the recipe can be given; values aft
   --trainer.max_epochs N   --trainer.max_time DD:HH:MM:SS   --trainer.accelerator cpu
   --seed_everything N
   --print_config                    the whole recipe with every default
-  --model.help zoo.tasks.Classification    --data.help zoo.data.ImageClassification    --help-all"""
+  --model.help zoo.tasks.Classification    --data.help zoo.data.ImageClassification    --help-all
+detectors of defects (--config anomaly/l2bt): --data.root DIR with good images in DIR or DIR/train/good
+  --model.help zoo.tasks.AnomalyDetection  --data.help zoo.data.AnomalyDetection"""
 # Children that Lightning starts for further devices run the same line; they must join the parent's run.
 _RUN_OF_PARENT = "ZOO_RUN_FOLDER"
 

@@ -274,7 +274,7 @@ class AnomalyDetection(Task):
     def _log_all(self, values: Mapping[str, float], stage: str, shown: Sequence[str]) -> None:
         for name, value in values.items():
             # Each process has computed it from the images of all.
-            self.log(f"{stage}/{name}", value, prog_bar=name in shown, rank_zero_only=False)
+            self.log(f"{stage}/{name}", value, prog_bar=name in shown, sync_dist=True)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same(checkpoint.get("hyper_parameters") or {}, self.hparams, _SAME)

@@ -14,6 +14,8 @@ from zoo.tasks.batches import images_in
 # Redraws per second, and seconds between looks at the metrics: each look makes the host wait for the GPU.
 _REDRAW = 4
 _LOOK_SECONDS = 0.5
+# Seconds between two lines about something long, where no bar can be drawn.
+_SAY_SECONDS = 10.0
 
 
 class ProgressBar(RichProgressBar):
@@ -26,6 +28,7 @@ class ProgressBar(RichProgressBar):
         self._images = 0
         self._since = self._looked = 0.0
         self._rate = 0.0
+        self._said = 0.0
         self._extra: TaskID | None = None
 
     @property
@@ -80,8 +83,11 @@ class ProgressBar(RichProgressBar):
             if done >= total:
                 self.progress.remove_task(self._extra)
                 self._extra = None
-        elif self._enabled and not self._live and (10 * done // total > 10 * (done - 1) // total):
-            print(f"{what} {done}/{total}", file=sys.stderr)
+        elif self._enabled and not self._live:
+            now = time.monotonic()
+            if done >= total or now - self._said >= _SAY_SECONDS:
+                self._said = now
+                print(f"{what} {done:,} of {total:,}", file=sys.stderr)
 
     def _get_train_description(self, current_epoch: int) -> str:
         last = self.trainer.max_epochs
