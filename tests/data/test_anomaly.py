@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 
 from zoo.data import AnomalyDetection
-from zoo.data.anomaly_images import TileSampler
+from zoo.data.anomaly_images import KEPT, TileSampler
 from zoo.data.tiling import places
 from zoo.errors import UsageError
 
@@ -167,6 +167,15 @@ def test_batches_do_not_depend_on_workers_and_change_with_the_epoch(mvtec, optio
     assert not same(epoch_of(alone, 0), epoch_of(make(mvtec, seed=1, **options).train_dataloader(), 0))
 
 
+def test_changes_of_one_image_depend_on_seed_and_epoch_alone(mvtec):
+    images = make(mvtec, **SHAKEN).train_dataloader().dataset
+    first = images[0, 3]["image"]
+    other = make(mvtec, seed=1, **SHAKEN).train_dataloader().dataset[0, 3]["image"]
+    assert torch.equal(first, images[0, 3]["image"])
+    assert not torch.equal(first, images[1, 3]["image"])
+    assert not torch.equal(first, other)
+
+
 class Listener(LightningModule):
     """Notes its batches; saves a checkpoint after the update `save_at`."""
 
@@ -208,8 +217,9 @@ def test_resumed_training_sees_the_remaining_batches_bit_for_bit(mvtec, tmp_path
 
 
 def test_tiles_are_those_that_prediction_looks_at(mvtec):
-    data = make(mvtec, tile=10, tile_overlap=2, img_size=10)
-    batches = epoch_of(data.train_dataloader())
+    loader = make(mvtec, tile=10, tile_overlap=2, img_size=10).train_dataloader()
+    batches = epoch_of(loader)
+    assert 0 < len(loader.dataset._kept) <= KEPT  # 4 of 18: decoded photos are large
     found: dict[str, set] = {}
     for batch in batches:
         for image, path in zip(batch["image"], batch["path"], strict=True):
@@ -236,6 +246,12 @@ def test_images_are_judged_at_their_own_size_where_there_are_tiles(mvtec):
         for batch in batches:
             assert (batch["image"].shape, batch["mask"].shape) == ((1, 3, *SIZE), (1, 1, *SIZE))
             assert (batch["tile"], batch["tile_overlap"]) == (16, 4)
+
+
+def test_drawn_defects_are_as_large_as_tiles_show_them(mvtec):
+    for batch in make(mvtec, tile=10, val_split=0.5).val_dataloader():
+        for axis in (2, 3):
+            assert batch["mask"].any(axis).sum() <= 3  # 30 % of a tile
 
 
 def test_tile_sampler_sees_every_tile_once_and_few_images_at_a_time():
