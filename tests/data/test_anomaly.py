@@ -229,6 +229,7 @@ def test_tiles_are_those_that_prediction_looks_at(mvtec):
         pixels = pixels_of(Path("/"), path)
         assert tiles == {pixels[:, y : y + 10, x : x + 10].tobytes() for y, x in places(SIZE, 10, 2)}
     assert sum(len(batch["path"]) for batch in batches) == 18 * 9
+    assert len(set(paths(batches)[: 4 * 9])) == 4  # so that a photo is not decoded for each of its tiles
 
 
 def test_tiles_of_images_smaller_than_a_tile(mvtec):
