@@ -141,6 +141,14 @@ def test_a_mask_that_does_not_fit_stops_with_a_sentence(mvtec, workers, values, 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_sizes_of_all_masks_are_compared_before_the_first_batch(mvtec):
+    Image.new("L", (19, 24)).save(mvtec / "ground_truth" / "hole" / "01_mask.png")
+    data = make(mvtec)
+    with pytest.raises(UsageError, match=r"01_mask\.png' has 24 x 19 pixels"):
+        data.test_dataloader()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_train_and_validation_do_not_open_the_test_folder(mvtec):
     whole = make(mvtec)
     before = epoch_of(whole.train_dataloader()), list(whole.val_dataloader())
