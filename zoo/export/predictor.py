@@ -28,6 +28,7 @@ FORMAT = 1  # of the metadata; a higher one in a file means that this program is
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 ORIENTATION = 0x0112  # the EXIF tag
 ROWS = 50  # a longer table is cut on the terminal when the CSV file holds all of it
+INNER = 1 << 19  # pixels at a time at a detector's own size: a bank's distances take a hundred times their memory
 PIXELS = 1 << 22  # at a time, of images or tiles of any size: what the model makes of more would not fit everywhere
 
 
@@ -219,11 +220,14 @@ class AnomalyDetection:
                 yield self._inspection(image, *self._tiled(image, run, batch_size))
             return
         while batch:
-            same = _of_one_shape(batch)
+            same = _of_one_shape(batch[: self._at_once(batch_size, batch[0][0].size)])
             batch = batch[len(same) :]
             scores, maps = run(np.stack(same))
             for image, score, anomaly_map in zip(same, scores, maps, strict=True):
                 yield self._inspection(image, float(score), anomaly_map[0])
+
+    def _at_once(self, batch_size: int, pixels: int) -> int:
+        return max(1, min(batch_size, PIXELS // pixels, INNER // math.prod(self.img_size)))
 
     def _inspection(self, image: np.ndarray, score: float, anomaly_map: np.ndarray) -> Inspection:
         area = float((anomaly_map > self.pixel_threshold).mean())
@@ -246,7 +250,7 @@ class AnomalyDetection:
         window = ramp[:, None] * ramp
         total, weight = np.zeros(image.shape[1:], np.float32), np.zeros(image.shape[1:], np.float32)
         best = -math.inf
-        step = max(1, min(batch_size, PIXELS // tile**2))
+        step = self._at_once(batch_size, tile**2)
         for first in range(0, len(places), step):
             some = places[first : first + step]
             scores, maps = run(np.stack([image[:, y : y + tile, x : x + tile] for y, x in some]))
