@@ -52,7 +52,7 @@ def test_the_map_the_score_and_the_loss_are_the_authors():
     check, golden = recorded("l2bt_map")
     head = L2BT([384, 384])
     missing = head.load_state_dict(check.state_dict(golden), strict=False)
-    assert missing.missing_keys == ["fitted"]
+    assert missing.missing_keys == ["fitted"]  # our own
     assert not missing.unexpected_keys
     early, late = (check.image(seed, (1, 64, 384)) for seed in (1234, 1235))
     raw = head.distances(early, late).view(1, 1, 8, 8)
@@ -161,6 +161,28 @@ def test_a_bank_of_everything_finds_nothing_new_and_a_changed_place():
     answer = detector(changed)
     assert known.max() < 1e-5 * answer.score.min()
     assert answer.map[:, :, 44:, 44:].mean() > 3 * answer.map[:, :, :16, :16].mean()
+
+
+def test_a_bank_that_is_still_filling_goes_on_from_its_state(tmp_path):
+    """Cut after any image, through a file: the same bank. Smaller than what is seen, so that draws matter."""
+    maps = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(5)]
+    whole = MemoryBank([4], coreset=0.1, max_places=70)
+    for map_ in maps:
+        whole.update([map_])
+    whole.finalize()
+    for cut in range(6):
+        first = MemoryBank([4], coreset=0.1, max_places=70)
+        for map_ in maps[:cut]:
+            first.update([map_])
+        torch.save(first.state_dict(), tmp_path / "half.pt")
+        second = MemoryBank([4], coreset=0.1, max_places=70)
+        second.load_state_dict(torch.load(tmp_path / "half.pt", weights_only=True))
+        for map_ in maps[cut:]:
+            second.update([map_])
+        second.finalize()
+        assert torch.equal(second.bank, whole.bank)
+    assert len(whole.bank) == 32
+    assert whole.get_extra_state() == {}
 
 
 def test_progress_of_the_coreset_is_told():

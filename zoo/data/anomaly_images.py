@@ -20,6 +20,9 @@ from zoo.errors import UsageError
 
 # Decoded images that a worker keeps while their tiles come in mixed order.
 KEPT = 4
+# Bytes of resized images that a process keeps from one epoch to the next: to decode a large photo takes a hundred times
+# as long as a training step sees it.
+KEPT_BYTES = 2**29
 
 
 class Look(NamedTuple):
@@ -43,6 +46,8 @@ class GoodImages(Samples):
 
     def __init__(self, photos: Sequence[Photo], look: Look, seed: int, augment: Callable | None):
         self.photos, self.look, self.seed, self.augment = photos, look, seed, augment
+        self._resized: dict[int, np.ndarray] = {}
+        self._room = KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -50,11 +55,18 @@ class GoodImages(Samples):
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any] | Unreadable:
         epoch, index = split_key(key)
         photo = self.photos[index]
-        try:
-            image = open_image(photo.path, self.look.in_chans)
-        except Exception as error:  # damaged files surface as OSError, SyntaxError, ValueError, struct.error, ...
-            return unreadable(photo.path, error)
-        return {"image": self._finish(whole(image, self.look), epoch, index), "path": photo.path}
+        pixels = self._resized.get(index)
+        if pixels is None:
+            try:
+                image = open_image(photo.path, self.look.in_chans)
+            except Exception as error:  # damaged files surface as OSError, SyntaxError, ValueError, struct.error, ...
+                return unreadable(photo.path, error)
+            pixels = whole(image, self.look)
+            if pixels.nbytes <= self._room:
+                self._room -= pixels.nbytes
+                self._resized[index] = pixels
+        # A copy: what is kept must not change with what augmentation or a reader does to it.
+        return {"image": self._finish(pixels.copy(), epoch, index), "path": photo.path}
 
     def _finish(self, pixels: np.ndarray, epoch: int, index: int) -> Tensor:
         if self.augment is not None:

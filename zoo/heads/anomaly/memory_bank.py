@@ -96,6 +96,13 @@ class MemoryBank(AnomalyHead):
         maps = gaussian(maps, self.sigma) if self.sigma > 0 else maps
         return AnomalyOutput(top_mean(maps, self.top), maps)
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """What was seen and is no bank yet, so that a run which is killed while it fills goes on."""
+        return self._reservoir.state()
+
+    def set_extra_state(self, state: Any) -> None:
+        self._reservoir.load(state)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(f"{prefix}bank")
         if loaded is not None and loaded.shape[1:] == self.bank.shape[1:]:
@@ -109,7 +116,7 @@ class Reservoir:
 
     def __init__(self, size: int, seed: int):
         self.size, self.seen = size, 0
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
         self._rows: list[Tensor] = []
         self._keys: list[Tensor] = []
 
@@ -117,7 +124,8 @@ class Reservoir:
         """Rows (N, C)."""
         # The rows with the smallest random keys are an even draw, whatever came in which batch.
         self._rows.append(rows.detach().cpu())
-        self._keys.append(torch.rand(len(rows), generator=self._generator))
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.seen)
+        self._keys.append(torch.rand(len(rows), generator=generator))
         self.seen += len(rows)
         if sum(map(len, self._rows)) > 1.5 * self.size:
             self._shrink()
@@ -128,6 +136,19 @@ class Reservoir:
             kept = keys.topk(self.size, largest=False).indices.sort().values
             rows, keys = rows[kept], keys[kept]
         self._rows, self._keys = [rows], [keys]
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and numbers from which `load` goes on; empty where nothing was seen."""
+        if not self.seen:
+            return {}
+        self._shrink()
+        return {"rows": self._rows[0], "keys": self._keys[0], "seen": self.seen}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.seen = int(state.get("seen", 0))
+        self._rows = [state["rows"].cpu()] if self.seen else []
+        self._keys = [state["keys"].cpu()] if self.seen else []
 
     def take(self) -> Tensor:
         """What is held, (at most size, C), in the order in which it came."""

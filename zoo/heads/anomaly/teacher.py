@@ -9,7 +9,6 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-import zoo.backbones  # noqa: F401  (registers the zoo_* names with timm)
 from zoo.errors import UsageError, unknown
 
 _BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError)
