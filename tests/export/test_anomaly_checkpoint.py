@@ -101,6 +101,7 @@ def test_16_bit_weights_of_a_run(task, tmp_path):
     for number in range(20):
         Image.fromarray(picture(40, 48, number)).save(tmp_path / "good" / f"{number}.png")
     data = {"root": str(tmp_path), "img_size": 32, "val_split": 0.3, "num_workers": 0}
+    data |= {"_class_path": "zoo.data.AnomalyDetection"}  # as the command line leaves it in a checkpoint
     result = to_onnx(save(task, tmp_path / "run.ckpt", **data), tmp_path / "m.onnx", half=True)
     assert (result.loss.images, result.loss.source) == (12, "validation images")
     # 11 bits of each weight are left: some thousandths of a map, and not nothing.

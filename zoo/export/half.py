@@ -109,6 +109,9 @@ def validation_images(data: Mapping[str, Any]) -> list[np.ndarray]:
     from zoo.data import AnomalyDetection
     from zoo.data.tiling import split
 
+    # Beside its own arguments Lightning keeps what the command line made the data with.
+    arguments = {name: value for name, value in data.items() if not name.startswith("_")} | {"num_workers": 0}
+
     # The good ones come first, and a loss is about both sides of the threshold.
     found: dict[int, list[np.ndarray]] = {0: [], 1: []}
     # How the data splits its images was said when the run began.
@@ -116,7 +119,7 @@ def validation_images(data: Mapping[str, Any]) -> list[np.ndarray]:
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        for batch in AnomalyDetection(**{**data, "num_workers": 0}).val_dataloader():
+        for batch in AnomalyDetection(**arguments).val_dataloader():
             pixels, labels = batch["image"], batch["label"]
             if batch.get("tile") is not None:
                 pixels = split(pixels, batch["tile"], batch["tile_overlap"])[0]
