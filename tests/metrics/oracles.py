@@ -13,7 +13,7 @@ def scores(name, rng, shape):
         "concentrated": lambda: 0.5 + 1e-6 * normal,
         "offset": lambda: 1000 + normal,
         "heavy tails": lambda: rng.standard_cauchy(shape),
-        "huge range": lambda: np.exp(20 * normal),
+        "huge range": lambda: np.exp(15 * normal),
         "signed range": lambda: np.sign(normal) * np.exp(12 * rng.standard_normal(shape)),
         "ties": lambda: np.round(normal, 1),
         "half ties": lambda: np.where(rng.random(shape) < 0.5, 0.25, rng.random(shape)),
@@ -21,7 +21,7 @@ def scores(name, rng, shape):
         "rectified": lambda: np.maximum(normal, 0),
         "negative": lambda: -np.exp(normal),
         "two narrow peaks": lambda: np.where(rng.random(shape) < 0.5, 1 + 1e-5 * normal, 1e-3 + 1e-8 * normal),
-        "peak and spread": lambda: np.where(rng.random(shape) < 0.9, 1 + 1e-5 * normal, np.exp(20 * normal)),
+        "peak and spread": lambda: np.where(rng.random(shape) < 0.9, 1 + 1e-5 * normal, np.exp(15 * normal)),
         "subnormal": lambda: 1e-42 * normal,
         "constant": lambda: np.full(shape, 0.125),
     }

@@ -3,7 +3,8 @@
 A float32 score becomes an integer key of the same order. Bins are keys that agree in all but their lowest `level` bits,
 and `level` is the smallest that fits the cap. Both, and so every number made from them, depend only on which scores
 were seen: not on their order, nor on how they were split into batches or processes. A bin knows whether it holds one
-value (`mixed` is False: nothing is lost, however many pixels share it) or several.
+value (`mixed` is False: nothing is lost, however many pixels share it) or several. Round numbers, whose lowest
+`level` + 8 bits are zero, have bins of their own, because many pixels share them where maps are clipped or rectified.
 """
 
 from typing import NamedTuple
@@ -20,6 +21,8 @@ SLOTS_PER_BIN = 4
 # Below this many fresh scores sorting is cheaper than to clear and scan the dense counter.
 DENSE_FROM = 2**21
 PAGE_BITS = 16
+# Bits beyond the level that are zero in a round number.
+ROUND_BITS = 8
 # A count of this many bits, and a sum of as many low parts of up to DENSE_LEVELS bits, fit one signed word together.
 COUNT_BITS = 26
 DENSE_LEVELS = 11
@@ -29,7 +32,7 @@ CACHED = 2**15
 
 
 class Bins(NamedTuple):
-    """Bins in ascending order. key (n,) int32 or int64: the score of a bin of one value, else its lower edge.
+    """Bins in ascending order. key (n,) int32 or int64: the score of a bin of one value, else its `cell`.
     counts (n,) int64; mixed (n,) bool; level: bits that a bin spans."""
 
     key: np.ndarray
@@ -82,6 +85,17 @@ def dense(fresh: np.ndarray, bins: Bins, max_bins: int) -> Bins | None:
     return counted(fresh, level, pages)
 
 
+def cell(keys: np.ndarray, level: int) -> np.ndarray:
+    """Which bin each key belongs to: the smallest key that may be in it."""
+    edge = (keys >> level) << level
+    return edge + ((keys != edge) & is_round(edge, level)).astype(keys.dtype)
+
+
+def is_round(keys: np.ndarray, level: int) -> np.ndarray:
+    """Which keys have a bin of their own at the level."""
+    return (keys & keys.dtype.type((1 << min(level + ROUND_BITS, 31)) - 1)) == 0
+
+
 def run_starts(values: np.ndarray) -> np.ndarray:
     """Where runs of equal values begin, of sorted values."""
     if not values.size:
@@ -97,24 +111,21 @@ def grouped(keys: np.ndarray, counts: np.ndarray, mixed: np.ndarray, level: int)
         # A stable sort of few ascending runs merges them in linear time.
         order = np.argsort(keys, kind="stable")
         keys, counts, mixed = keys[order], counts[order], mixed[order]
-    starts = run_starts(keys >> level)
+    starts = run_starts(cell(keys, level))
     first, last = keys[starts], keys[np.append(starts[1:], keys.size) - 1]
     several = np.logical_or.reduceat(mixed, starts) | (first != last)
-    return Bins(np.where(several, (first >> level) << level, first), np.add.reduceat(counts, starts), several, level)
+    return Bins(np.where(several, cell(first, level), first), np.add.reduceat(counts, starts), several, level)
 
 
 def fitted(bins: Bins, max_bins: int) -> Bins:
     """Bins of the smallest level, not below the present one, at which they fit."""
     if bins.key.size <= max_bins and bins.level == 0:
         return bins
-    # Keys agree above the highest bit in which they differ, so one pass tells the number of bins of any level.
-    unsigned = np.uint32 if bins.key.dtype == np.int32 else np.uint64
-    steps = (bins.key[1:] ^ bins.key[:-1]).view(unsigned)
     level = bins.level
-    if unsigned is np.uint32:
-        level = max(level, page_level(1 + int(np.count_nonzero(steps >> PAGE_BITS)), max_bins))
+    if bins.key.dtype == np.int32:
+        level = max(level, page_level(run_starts(bins.key >> PAGE_BITS).size, max_bins))
     # Above 32 bits a key of AU-PRO holds the size of a component, which is never merged.
-    while level < 32 and 1 + int(np.count_nonzero(steps >> unsigned(level))) > max_bins:
+    while level < 32 and run_starts(cell(bins.key, level)).size > max_bins:
         level += 1
     return bins if level == bins.level else grouped(bins.key, bins.counts, bins.mixed, level)
 
@@ -137,10 +148,11 @@ def touched_pages(*keys: np.ndarray) -> np.ndarray:
 
 
 def counted(fresh: np.ndarray, level: int, pages: np.ndarray) -> Bins:
-    """Bins of `level` from int32 keys in any order, by counting in one dense array: much faster than sorting.
+    """Bins of `level`, not in order, from int32 keys, by counting in one dense array: much faster than sorting.
 
     Beside the count n each slot sums the low bits of its keys and their squares. It holds one value exactly if their
-    variance is zero: if they sum to n m for a whole number m and the squares to n m^2.
+    variance is zero: if they sum to n m for a whole number m and the squares to n m^2. Round numbers, whose low bits
+    add nothing, are counted once more by themselves.
     """
     width = PAGE_BITS - level
     base = torch.from_numpy((np.cumsum(pages) - 1) << width)
@@ -149,18 +161,28 @@ def counted(fresh: np.ndarray, level: int, pages: np.ndarray) -> Bins:
     shift = level + COUNT_BITS
     # numpy asks the system for huge pages, without which looking up addresses takes half of the time.
     words = torch.from_numpy(np.zeros(2 * slots, np.int64))
+    rounds = np.zeros(slots, np.int64)
     for start in range(0, fresh.size, CACHED):
         keys = torch.from_numpy(fresh[start : start + CACHED])
         low = keys & 0xFFFF
-        slot = base.index_select(0, (keys >> PAGE_BITS) + 2**15).add_(low >> level).mul_(2)
+        slot = base.index_select(0, (keys >> PAGE_BITS) + 2**15).add_(low >> level)
+        np.add.at(rounds, slot.numpy()[is_round(keys.numpy(), level)], 1)
+        slot.mul_(2)
         low = (low & ((1 << level) - 1)).long()
         words.scatter_add_(0, slot, low + (1 << shift))
         words.scatter_add_(0, slot.add_(1), low.square_())
     first, squares = words.numpy()[0::2], words.numpy()[1::2]
     used = np.flatnonzero(first)
-    counts, sums, squares = first[used] >> shift, first[used] & ((1 << shift) - 1), squares[used]
-    mean = sums // counts
-    several = (mean * counts != sums) | (mean * mean * counts != squares)
-    page = np.flatnonzero(pages)[used >> width] - 2**15
-    keys = (page << PAGE_BITS) | ((used & ((1 << width) - 1)) << level) | np.where(several, 0, mean)
-    return Bins(keys.astype(np.int32), counts, several, level)
+    counts, sums, squares, alone = first[used] >> shift, first[used] & ((1 << shift) - 1), squares[used], rounds[used]
+    edge = ((np.flatnonzero(pages)[used >> width] - 2**15) << PAGE_BITS) | ((used & ((1 << width) - 1)) << level)
+    edge, rest = edge.astype(np.int32), counts - alone
+    mean = sums // np.maximum(rest, 1)
+    several = (mean * rest != sums) | (mean * mean * rest != squares)
+    key = np.where(several, cell(edge + np.int32(level > 0), level), edge + mean.astype(np.int32))
+    own, other = alone > 0, rest > 0
+    return Bins(
+        np.concatenate([edge[own], key[other]]),
+        np.concatenate([alone[own], rest[other]]),
+        np.concatenate([np.zeros(np.count_nonzero(own), bool), several[other]]),
+        level,
+    )

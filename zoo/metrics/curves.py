@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zoo.metrics.bins import Bins, run_starts
+from zoo.metrics.bins import Bins, cell, run_starts
 
 
 class Steps(NamedTuple):
@@ -29,21 +29,25 @@ class Steps(NamedTuple):
 def align(good: Bins, bad: Bins) -> Steps:
     """Good and bad bins, both with int32 keys, bad ones in any order, on one axis of thresholds."""
     level = max(good.level, bad.level)
-    unclear = np.unique(np.concatenate([good.key[good.mixed], bad.key[bad.mixed]]) >> level)
+    unclear = distinct(cell(good.key[good.mixed], level), cell(bad.key[bad.mixed], level))
 
     def axis(bins: Bins) -> np.ndarray:
-        cell = bins.key >> level
-        return np.where(contains(unclear, cell), cell << level, bins.key)
+        cells = cell(bins.key, level)
+        return np.where(contains(unclear, cells), cells, bins.key)
 
     good_axis, bad_axis = axis(good), axis(bad)
-    # Mostly sorted runs, which a stable sort merges.
-    keys = np.sort(np.concatenate([good_axis, bad_axis]), kind="stable")
-    keys = keys[run_starts(keys)]
+    keys = distinct(good_axis, bad_axis)
     # int64 sums held in float64 are exact below 2^53 pixels.
     counts = np.bincount(np.searchsorted(keys, good_axis), weights=good.counts, minlength=keys.size)
     last = keys.size - 1
-    mixed = contains(unclear, keys >> level)[::-1]
+    mixed = contains(unclear, cell(keys, level))[::-1]
     return Steps(keys[::-1], counts[::-1].astype(np.int64), mixed, last - np.searchsorted(keys, bad_axis))
+
+
+def distinct(*parts: np.ndarray) -> np.ndarray:
+    """What np.unique gives, but sorted runs are merged in linear time."""
+    values = np.sort(np.concatenate(parts), kind="stable")
+    return values[run_starts(values)]
 
 
 def contains(members: np.ndarray, values: np.ndarray) -> np.ndarray:
