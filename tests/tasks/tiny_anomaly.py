@@ -118,6 +118,16 @@ def fitted(folder, method="l2bt", data=None, callbacks=(), seed=7, **arguments):
     return made, runner
 
 
+def differing(expected, got):
+    """Keys of two states whose values are not the same bits; a bank's state also holds a dict."""
+    assert expected.keys() == got.keys()
+
+    def same(a, b):
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    return [key for key, value in expected.items() if not same(value, got[key])]
+
+
 def main(folder: str, method: str, mode: str, batches: str = "0") -> None:
     torch.set_num_threads(1)
     seed_everything(7, verbose=False)
