@@ -185,6 +185,18 @@ def test_a_bank_that_is_still_filling_goes_on_from_its_state(tmp_path):
     assert whole.get_extra_state() == {}
 
 
+def test_directions_alone_do_not_see_light():
+    """Twice as bright a map is the same place; a mean over neighbours leaves a constant map as it is."""
+    maps = torch.rand(1, 4, 6, 6)
+    for normalize, same in ((True, True), (False, False)):
+        head = MemoryBank([4], pool=1, normalize=normalize)
+        places = head.places([maps])
+        assert torch.allclose(places, head.places([2 * maps])) == same
+    torch.testing.assert_close(places, maps)
+    constant = torch.ones(1, 4, 6, 6)
+    torch.testing.assert_close(MemoryBank([4], pool=5).places([constant]), constant)
+
+
 def test_progress_of_the_coreset_is_told():
     head = MemoryBank([4], coreset=1.0)
     head.update([torch.randn(2, 4, 10, 10)])
@@ -208,6 +220,7 @@ def test_progress_of_the_coreset_is_told():
         ({"top": 2.0}, r"top=2.0"),
         ({"method": "memory_bank", "coreset": 0.0}, r"coreset=0.0"),
         ({"method": "memory_bank", "neighbours": 0}, r"neighbours=0"),
+        ({"method": "memory_bank", "pool": 2}, r"pool=2: give an odd side"),
         ({"backbone_options": {"dept": 1}}, r"dept"),
     ],
 )

@@ -21,7 +21,7 @@ BLOCK = 4096
 class MemoryBank(AnomalyHead):
     """Distance of every place from its nearest neighbours in a bank of places of good images.
 
-    Places of all maps are averaged over 3 x 3 neighbours, brought to the finest grid and concatenated. The bank is a
+    Places of all maps are averaged over their neighbours, brought to the finest grid and concatenated. The bank is a
     greedy k-centre choice of them, made on random projections.
 
     Args:
@@ -30,6 +30,9 @@ class MemoryBank(AnomalyHead):
         bank_size: the most places that the bank keeps.
         max_places: places held while learning; of more, an equal share of what was and will be seen is drawn.
         neighbours: nearest entries whose mean distance counts.
+        pool: side of the local mean, odd; 1 for none.
+        normalize: whether only the direction of a place's vector counts, not its length, which light changes. The paper
+            does without.
         sigma: of the Gaussian that smooths the map, in pixels of the image; 0 for none.
         top: share of the pixels, the highest, whose mean is the score; 0 for the largest alone.
         seed: of the draws.
@@ -48,6 +51,8 @@ class MemoryBank(AnomalyHead):
         bank_size: int = 20_000,
         max_places: int = 200_000,
         neighbours: int = 1,
+        pool: int = 3,
+        normalize: bool = False,
         sigma: float = 4.0,
         top: float = 0.0,
         seed: int = 0,
@@ -60,15 +65,19 @@ class MemoryBank(AnomalyHead):
             if count < 1:
                 raise UsageError(f"{name}={count}: it must be at least 1")
         self.coreset, self.bank_size, self.max_places = coreset, bank_size, max_places
+        if pool < 1 or pool % 2 == 0:
+            raise UsageError(f"pool={pool}: give an odd side, 1 for no local mean")
         self.neighbours, self.sigma, self.top, self.seed = neighbours, sigma, top, seed
+        self.pool, self.normalize = pool, normalize
         self.register_buffer("bank", torch.zeros(0, sum(channels)))
         self._reservoir = Reservoir(max_places, seed)
 
     def places(self, features: Sequence[Tensor]) -> Tensor:
         """Maps (B, C, h, w) -> (B, sum of C, H, W) on the finest grid."""
         grid = (max(map_.shape[2] for map_ in features), max(map_.shape[3] for map_ in features))
-        near = [F.avg_pool2d(map_, 3, stride=1, padding=1, count_include_pad=False) for map_ in features]
-        return torch.cat([resize(map_, grid) for map_ in near], dim=1)
+        near = [F.avg_pool2d(map_, self.pool, 1, self.pool // 2, count_include_pad=False) for map_ in features]
+        places = torch.cat([resize(map_, grid) for map_ in near], dim=1)
+        return F.normalize(places, dim=1) if self.normalize else places
 
     def update(self, features: Sequence[Tensor]) -> None:
         places = self.places([map_.float() for map_ in features])
