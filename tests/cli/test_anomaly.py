@@ -85,7 +85,7 @@ def run(fitted, tmp_path):
 def test_a_fit_says_and_leaves_what_a_person_looks_for(fitted, method):
     folder, out = fitted[method]
     assert f"{method} on test_efficientnet" in out
-    for words in ("threshold", "model.onnx", "zoo test --run", "synthetic defects"):
+    for words in ("images", "pixels", "model.onnx", "zoo test --run", "synthetic defects"):
         assert words in out
     best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
     assert torch.isfinite(best["state_dict"]["threshold"])

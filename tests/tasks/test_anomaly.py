@@ -309,3 +309,13 @@ def test_a_bank_draws_its_choice_in_a_terminal(anomaly, tmp_path, monkeypatch):
     # 24 images of 8 x 8 places: the choice of nine tenths is told every so often, and its line goes when it is done.
     assert len([done for _, done in drawn if done > 24]) > 5
     assert bar._extra is None
+
+
+def test_the_closing_lines_say_where_the_best_is(finished):
+    task = finished["l2bt"][0]
+    metrics = {"val/selection": 0.5, "val/image_auroc": 0.75, "val/pixel_aupr": 0.5}
+    assert dict(task.headline(metrics, "val", 0.625))["best"].startswith("an earlier epoch: val/selection 0.6250")
+    lines = dict(task.headline(metrics, "val", 0.5))
+    assert lines["images"].startswith("AUROC 75.00%")
+    assert f"{float(task.threshold):.6g}" in lines["threshold"]
+    assert "best" not in lines

@@ -158,7 +158,12 @@ class AnomalyDetection(Task):
             text = [f"{label} {metrics[f'{stage}/{key}']:.2%}" for key, label in parts if f"{stage}/{key}" in metrics]
             if text:
                 lines.append((name, f"{', '.join(text)} ({where})"))
-        if bool(torch.isfinite(self.threshold)):
+        last = metrics.get(self.monitor)
+        if best is not None and last is not None and best > last:
+            lines.append(
+                ("best", f"an earlier epoch: {self.monitor} {best:.4f}, in the last {last:.4f}; best.ckpt holds it")
+            )
+        elif bool(torch.isfinite(self.threshold)):
             lines.append(("threshold", f"{float(self.threshold):.6g}, taken from validation images alone"))
         return lines
 
