@@ -58,6 +58,6 @@ def test_400_maps_of_a_megapixel(kind):
     print(figures)
     assert figures["state_gib"] < 1
     assert figures["peak_gib"] < 2
-    if figures["wall_s"] > 1.2 * figures["cpu_s"]:
+    if figures["cpu_s"] >= 20 and figures["wall_s"] > 1.2 * figures["cpu_s"]:
         pytest.skip(f"other processes use the cores, and the caches with them, so time says nothing: {figures}")
     assert figures["cpu_s"] < 20

@@ -187,7 +187,7 @@ def test_state_is_bounded(oracles, kind):
     """The promised bytes a bin and a waiting score, for both kinds, however many scores."""
     metric = make(kind)
     keys = {"good": 4, "bad": 8 if kind is AUPRO else 4}
-    bound = sum((size + 9) * SMALL + 8 * SMALL * size for size in keys.values()) + 64
+    bound = sum((size + 8) * SMALL + 8 * SMALL * size for size in keys.values()) + 64
     for seed in range(16):
         metric.update(*photos(oracles, seed=seed, count=4))
         assert size_of(metric) <= bound

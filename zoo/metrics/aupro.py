@@ -96,7 +96,7 @@ class AUPRO(BinnedScores):
         good, bad = self._bins("good_pixels"), self._bins("regions")
         size = bad.key >> SIZE_SHIFT
         score = ((bad.key & 0xFFFFFFFF) - SIGN).astype(np.int32)
-        steps = align(good, Bins(score, bad.counts, bad.mixed, bad.level))
+        steps = align(good, Bins(score, bad.counts, bad.level))
         results, error = {}, 0.0
         for name, share in self._shares(size, bad.counts).items():
             pairs = [(math.nan, 0.0)] * len(self.limits)

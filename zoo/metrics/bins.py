@@ -2,8 +2,7 @@
 
 A float32 score becomes an integer key of the same order. Bins are keys that agree in all but their lowest `level` bits,
 and `level` is the smallest that fits the cap. Both, and so every number made from them, depend only on which scores
-were seen: not on their order, nor on how they were split into batches or processes. A bin knows whether it holds one
-value (`mixed` is False: nothing is lost, however many pixels share it) or several. Round numbers, whose lowest
+were seen: not on their order, nor on how they were split into batches or processes. Round numbers, whose lowest
 `level` + 8 bits are zero, have bins of their own, because many pixels share them where maps are clipped or rectified.
 """
 
@@ -23,21 +22,18 @@ DENSE_FROM = 2**21
 PAGE_BITS = 16
 # Bits beyond the level that are zero in a round number.
 ROUND_BITS = 8
-# A count of this many bits, and a sum of as many low parts of up to DENSE_LEVELS bits, fit one signed word together.
-COUNT_BITS = 26
-DENSE_LEVELS = 11
-AT_ONCE = 2 ** (COUNT_BITS - 1)
+# Fresh keys counted in one go: their number fits an int32.
+AT_ONCE = 2**25
 # Keys at a time whose slots stay in the cache.
 CACHED = 2**15
 
 
 class Bins(NamedTuple):
-    """Bins in ascending order. key (n,) int32 or int64: the score of a bin of one value, else its `cell`.
-    counts (n,) int64; mixed (n,) bool; level: bits that a bin spans."""
+    """Bins in ascending order. key (n,) int32 or int64: the smallest score that may be in the bin, see `cell`;
+    counts (n,) int64; level: bits that a bin spans."""
 
     key: np.ndarray
     counts: np.ndarray
-    mixed: np.ndarray
     level: int
 
 
@@ -67,32 +63,22 @@ def absorb(bins: Bins, fresh: np.ndarray, max_bins: int) -> Bins:
         if added is None:
             piece = np.sort(piece)
             starts = run_starts(piece)
-            counts = np.diff(starts, append=piece.size)
-            added = Bins(piece[starts], counts, np.zeros(starts.size, bool), bins.level)
-        key, counts, mixed = (np.concatenate(pair) for pair in zip(bins[:3], added[:3], strict=True))
-        bins = fitted(grouped(key, counts, mixed, added.level), max_bins)
+            added = Bins(piece[starts], np.diff(starts, append=piece.size), bins.level)
+        key, counts = (np.concatenate(pair) for pair in zip(bins[:2], added[:2], strict=True))
+        bins = fitted(grouped(key, counts, added.level), max_bins)
     return bins
-
-
-def dense(fresh: np.ndarray, bins: Bins, max_bins: int) -> Bins | None:
-    """The fresh keys counted at a level that the union with `bins` needs anyhow; None if sorting must find it out."""
-    pages = touched_pages(bins.key, fresh)
-    number = int(pages.sum())
-    # At level 0 every float of the pages needs a slot: too little is known to leave it.
-    level = max(bins.level, page_level(number, max_bins)) if bins.level else 0
-    if level > DENSE_LEVELS or number << (PAGE_BITS - level) > SLOTS_PER_BIN * max_bins:
-        return None
-    return counted(fresh, level, pages)
 
 
 def cell(keys: np.ndarray, level: int) -> np.ndarray:
     """Which bin each key belongs to: the smallest key that may be in it."""
+    if not level:
+        return keys
     edge = (keys >> level) << level
-    return edge + ((keys != edge) & is_round(edge, level)).astype(keys.dtype)
+    return edge + ((keys != edge) & is_round(edge, level))
 
 
 def is_round(keys: np.ndarray, level: int) -> np.ndarray:
-    """Which keys have a bin of their own at the level."""
+    """Which keys have a bin of their own at the level. Of the keys that `cell` gives, no other bin's is round."""
     return (keys & keys.dtype.type((1 << min(level + ROUND_BITS, 31)) - 1)) == 0
 
 
@@ -103,31 +89,30 @@ def run_starts(values: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.flatnonzero(values[1:] != values[:-1]) + 1])
 
 
-def grouped(keys: np.ndarray, counts: np.ndarray, mixed: np.ndarray, level: int) -> Bins:
+def grouped(keys: np.ndarray, counts: np.ndarray, level: int) -> Bins:
     """Bins of `level` from entries in any order."""
     if not keys.size:
-        return Bins(keys, counts, mixed, level)
+        return Bins(keys, counts, level)
     if not (keys[1:] >= keys[:-1]).all():
         # A stable sort of few ascending runs merges them in linear time.
         order = np.argsort(keys, kind="stable")
-        keys, counts, mixed = keys[order], counts[order], mixed[order]
-    starts = run_starts(cell(keys, level))
-    first, last = keys[starts], keys[np.append(starts[1:], keys.size) - 1]
-    several = np.logical_or.reduceat(mixed, starts) | (first != last)
-    return Bins(np.where(several, cell(first, level), first), np.add.reduceat(counts, starts), several, level)
+        keys, counts = keys[order], counts[order]
+    cells = cell(keys, level)
+    starts = run_starts(cells)
+    return Bins(cells[starts], np.add.reduceat(counts, starts), level)
 
 
 def fitted(bins: Bins, max_bins: int) -> Bins:
     """Bins of the smallest level, not below the present one, at which they fit."""
     if bins.key.size <= max_bins and bins.level == 0:
         return bins
-    level = bins.level
+    level, number = bins.level, bins.key.size
     if bins.key.dtype == np.int32:
         level = max(level, page_level(run_starts(bins.key >> PAGE_BITS).size, max_bins))
     # Above 32 bits a key of AU-PRO holds the size of a component, which is never merged.
-    while level < 32 and run_starts(cell(bins.key, level)).size > max_bins:
+    while level < 32 and (number if level == bins.level else run_starts(cell(bins.key, level)).size) > max_bins:
         level += 1
-    return bins if level == bins.level else grouped(bins.key, bins.counts, bins.mixed, level)
+    return bins if level == bins.level else grouped(bins.key, bins.counts, level)
 
 
 def page_level(pages: int, max_bins: int) -> int:
@@ -136,6 +121,17 @@ def page_level(pages: int, max_bins: int) -> int:
     while level < PAGE_BITS and pages << (PAGE_BITS - level) > SLOTS_PER_BIN * max_bins:
         level += 1
     return level
+
+
+def dense(fresh: np.ndarray, bins: Bins, max_bins: int) -> Bins | None:
+    """The fresh keys counted at a level that the union with `bins` needs anyhow; None if sorting must find it out."""
+    pages = touched_pages(bins.key, fresh)
+    number = int(pages.sum())
+    # At level 0 every float of the pages needs a slot: too little is known to leave it.
+    level = max(bins.level, page_level(number, max_bins)) if bins.level else 0
+    if number << (PAGE_BITS - min(level, PAGE_BITS)) > SLOTS_PER_BIN * max_bins or level > PAGE_BITS:
+        return None
+    return counted(fresh, level, pages)
 
 
 def touched_pages(*keys: np.ndarray) -> np.ndarray:
@@ -150,39 +146,23 @@ def touched_pages(*keys: np.ndarray) -> np.ndarray:
 def counted(fresh: np.ndarray, level: int, pages: np.ndarray) -> Bins:
     """Bins of `level`, not in order, from int32 keys, by counting in one dense array: much faster than sorting.
 
-    Beside the count n each slot sums the low bits of its keys and their squares. It holds one value exactly if their
-    variance is zero: if they sum to n m for a whole number m and the squares to n m^2. Round numbers, whose low bits
-    add nothing, are counted once more by themselves.
+    Round numbers are counted once more by themselves.
     """
     width = PAGE_BITS - level
     base = torch.from_numpy((np.cumsum(pages) - 1) << width)
     slots = int(pages.sum()) << width
-    # Count and sum share a word, and both words of a slot share a cache line, which is what counting waits for.
-    shift = level + COUNT_BITS
     # numpy asks the system for huge pages, without which looking up addresses takes half of the time.
-    words = torch.from_numpy(np.zeros(2 * slots, np.int64))
-    rounds = np.zeros(slots, np.int64)
+    counts, rounds = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+    ones = torch.ones(CACHED, dtype=torch.int32)
     for start in range(0, fresh.size, CACHED):
         keys = torch.from_numpy(fresh[start : start + CACHED])
-        low = keys & 0xFFFF
-        slot = base.index_select(0, (keys >> PAGE_BITS) + 2**15).add_(low >> level)
+        slot = base.index_select(0, (keys >> PAGE_BITS) + 2**15).add_((keys & 0xFFFF) >> level)
+        torch.from_numpy(counts).scatter_add_(0, slot, ones[: len(slot)])
         np.add.at(rounds, slot.numpy()[is_round(keys.numpy(), level)], 1)
-        slot.mul_(2)
-        low = (low & ((1 << level) - 1)).long()
-        words.scatter_add_(0, slot, low + (1 << shift))
-        words.scatter_add_(0, slot.add_(1), low.square_())
-    first, squares = words.numpy()[0::2], words.numpy()[1::2]
-    used = np.flatnonzero(first)
-    counts, sums, squares, alone = first[used] >> shift, first[used] & ((1 << shift) - 1), squares[used], rounds[used]
+    used = np.flatnonzero(counts)
     edge = ((np.flatnonzero(pages)[used >> width] - 2**15) << PAGE_BITS) | ((used & ((1 << width) - 1)) << level)
-    edge, rest = edge.astype(np.int32), counts - alone
-    mean = sums // np.maximum(rest, 1)
-    several = (mean * rest != sums) | (mean * mean * rest != squares)
-    key = np.where(several, cell(edge + np.int32(level > 0), level), edge + mean.astype(np.int32))
+    edge, alone = edge.astype(np.int32), rounds[used]
+    rest = counts[used] - alone
     own, other = alone > 0, rest > 0
-    return Bins(
-        np.concatenate([edge[own], key[other]]),
-        np.concatenate([alone[own], rest[other]]),
-        np.concatenate([np.zeros(np.count_nonzero(own), bool), several[other]]),
-        level,
-    )
+    key = np.concatenate([edge[own], cell(edge[other] + np.int32(level > 0), level)])
+    return Bins(key, np.concatenate([alone[own], rest[other]]).astype(np.int64), level)

@@ -1,19 +1,20 @@
 """Areas under curves from binned counts, in float64, each with how far the unbinned value can be from it.
 
 A bin of one value is exact: all its pixels are tied, and the definition of the curve says what ties mean. In a mixed
-bin the order of its pixels is unknown, so the curve is known at both ends of the bin only. It rises between them, hence
-lies in the rectangle they span, and the straight line through it errs by at most half of the rectangle.
+bin, which may hold several, the order of its pixels is unknown, so the curve is known at both ends of the bin only. It
+rises between them, hence lies in the rectangle they span, and the straight line through it errs by at most half of it.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from zoo.metrics.bins import Bins, cell, run_starts
+from zoo.metrics.bins import Bins, cell, is_round, run_starts
 
 
 class Steps(NamedTuple):
-    """Thresholds in DESCENDING order: key (n,) int32, good (n,) int64 pixels at it, mixed (n,) bool, and for each entry
+    """Thresholds in DESCENDING order: key (n,) int32, good (n,) int64 pixels at it, mixed (n,) bool where a
+    bin may hold several values, and for each entry
     of the bad bins (m,) int64 the step it belongs to."""
 
     key: np.ndarray
@@ -29,33 +30,15 @@ class Steps(NamedTuple):
 def align(good: Bins, bad: Bins) -> Steps:
     """Good and bad bins, both with int32 keys, bad ones in any order, on one axis of thresholds."""
     level = max(good.level, bad.level)
-    unclear = distinct(cell(good.key[good.mixed], level), cell(bad.key[bad.mixed], level))
-
-    def axis(bins: Bins) -> np.ndarray:
-        cells = cell(bins.key, level)
-        return np.where(contains(unclear, cells), cells, bins.key)
-
-    good_axis, bad_axis = axis(good), axis(bad)
-    keys = distinct(good_axis, bad_axis)
+    good_axis, bad_axis = cell(good.key, level), cell(bad.key, level)
+    # Mostly sorted runs, which a stable sort merges.
+    keys = np.sort(np.concatenate([good_axis, bad_axis]), kind="stable")
+    keys = keys[run_starts(keys)]
     # int64 sums held in float64 are exact below 2^53 pixels.
     counts = np.bincount(np.searchsorted(keys, good_axis), weights=good.counts, minlength=keys.size)
     last = keys.size - 1
-    mixed = contains(unclear, cell(keys, level))[::-1]
+    mixed = (~is_round(keys, level) if level else np.zeros(keys.size, bool))[::-1]
     return Steps(keys[::-1], counts[::-1].astype(np.int64), mixed, last - np.searchsorted(keys, bad_axis))
-
-
-def distinct(*parts: np.ndarray) -> np.ndarray:
-    """What np.unique gives, but sorted runs are merged in linear time."""
-    values = np.sort(np.concatenate(parts), kind="stable")
-    return values[run_starts(values)]
-
-
-def contains(members: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which values are among the sorted members."""
-    if not members.size:
-        return np.zeros(values.shape, bool)
-    at = np.minimum(np.searchsorted(members, values), members.size - 1)
-    return members[at] == values
 
 
 def area_below(x: np.ndarray, y: np.ndarray, limit: float) -> float:
