@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from zoo.metrics import bins as module
-from zoo.metrics.bins import SMALLEST_MAX_BINS, Bins, absorb, ordered, score_of
+from zoo.metrics.bins import SMALLEST_MAX_BINS, Bins, absorb, is_round, ordered, score_of
 
 CAP = SMALLEST_MAX_BINS
 
@@ -47,6 +47,12 @@ def test_keys_keep_the_order_and_come_back():
     assert (np.diff(keys.astype(np.int64)) >= 0).all()
     assert (np.diff(keys) == 0).sum() == 1  # the two zeros
     np.testing.assert_array_equal(score_of(keys), values)
+
+
+def test_values_that_maps_are_clipped_to_are_round():
+    """Of either sign; a level of 8 is the coarsest that the default cap ever needs."""
+    assert is_round(ordered(np.float32([0, 0.25, 0.5, 1, -1, -3, 10, 255, -0.125])), 8).all()
+    assert not is_round(ordered(np.float32([0.3, -0.3, 1 + 2**-15])), 8).any()
 
 
 @pytest.mark.parametrize("dense_from", [1, 10**9], ids=["dense", "sorted"])

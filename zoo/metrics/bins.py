@@ -39,17 +39,16 @@ class Bins(NamedTuple):
 
 def ordered(scores: np.ndarray) -> np.ndarray:
     """float32 scores -> int32 keys in the same order; both zeros get one key. Scores must be finite."""
-    return flip((np.asarray(scores, np.float32) + np.float32(0)).view(np.int32))
+    bits = np.asarray(scores, np.float32).view(np.int32)
+    sign = bits >> 31
+    # The bits of a magnitude grow with it. Negated, and not inverted, so that round numbers stay round.
+    return ((bits & np.int32(0x7FFFFFFF)) ^ sign) - sign
 
 
 def score_of(keys: np.ndarray) -> np.ndarray:
     """int32 keys -> float32 scores: the inverse of `ordered`."""
-    return flip(np.asarray(keys, np.int32)).view(np.float32)
-
-
-def flip(bits: np.ndarray) -> np.ndarray:
-    # The bits of negative floats grow with their magnitude: all but the sign are turned round.
-    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    sign = np.asarray(keys, np.int32) >> 31
+    return (((keys ^ sign) - sign) | (sign & np.int32(-(2**31)))).view(np.float32)
 
 
 def absorb(bins: Bins, fresh: np.ndarray, max_bins: int) -> Bins:
