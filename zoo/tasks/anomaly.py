@@ -159,7 +159,7 @@ class AnomalyDetection(Task):
             if text:
                 lines.append((name, f"{', '.join(text)} ({where})"))
         last = metrics.get(self.monitor)
-        if best is not None and last is not None and best > last:
+        if best is not None and last is not None and best - last > 5e-5:
             lines.append(
                 ("best", f"an earlier epoch: {self.monitor} {best:.4f}, in the last {last:.4f}; best.ckpt holds it")
             )
