@@ -165,6 +165,14 @@ def test_wrong_lines_end_with_a_sentence_and_status_2(zoo, cloth, more, words):
     assert "Traceback" not in done.err
 
 
+def test_data_that_is_not_as_described_leaves_no_run(zoo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = zoo(*line("l2bt", tmp_path / "nowhere"))
+    assert shown.status == 2
+    assert "does not exist" in shown.err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_bank_refuses_a_second_epoch(zoo, cloth):
     done = zoo(*line("memory_bank", cloth, "--trainer.max_epochs", "2"))
     assert done.status == 2

@@ -86,6 +86,9 @@ def _train(folder: Path, configs: list[str], overrides: list[str], checkpoint: P
 
     try:
         cli = ZooCLI(configs, overrides, wire=wire, before=lambda: probe(folder))
+        # Data that is not as described is bad usage, which leaves no run behind.
+        if hasattr(cli.datamodule, "check"):
+            cli.datamodule.check()
     except BaseException:
         if not existed:
             clear_empty([folder, folder.parent])

@@ -98,6 +98,14 @@ class AnomalyDetection(LightningDataModule):
         """Whether there are images to test on."""
         return self._open().has_test()
 
+    def check(self) -> None:
+        """Looks at the folders, and at the images as far as their split needs it.
+
+        Raises:
+            UsageError: the data is not as described.
+        """
+        self._split()
+
     def train_dataloader(self) -> DataLoader:
         photos, _, _ = self._split()
         hparams, look = self.hparams, self._look()
