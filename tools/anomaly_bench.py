@@ -45,13 +45,28 @@ PAGE = ROOT / "recipes" / "ANOMALY.md"
 BACKBONE = "tf_efficientnet_lite0"
 GRID = (224, 224)
 HELD_OUT = 16  # groups of good images
-TRAINING = {"epochs": 30, "lr": 1e-3, "batch_size": 8}  # those of recipes/anomaly/l2bt.yaml
+TRAINING = {"epochs": 10, "lr": 1e-3, "batch_size": 8}  # those of recipes/anomaly/l2bt.yaml
 
-# Levels of the backbone: 1 has reduction 4, 2 has 8, 3 has 16, 4 has 32.
+DIRECTIONS = {"normalize": True, "bank_size": 8000}
+LARGER = {"img_size": 448, "layers": [2, 3]}
+
+# Levels of the backbone: 1 has reduction 4, 2 has 8, 3 has 16, 4 has 32. `memory_bank_224` is what the peer measured:
+# PatchCore as published.
 CONFIGS: dict[str, dict[str, Any]] = {
     "memory_bank_224": {"method": "memory_bank", "layers": [2, 3], "img_size": 224, "head_options": {}},
+    "memory_bank_224_directions": {
+        "method": "memory_bank",
+        "layers": [2, 3],
+        "img_size": 224,
+        "head_options": DIRECTIONS,
+    },
+    "memory_bank_448": {"method": "memory_bank", **LARGER, "head_options": {"bank_size": 8000}},
+    "memory_bank_448_directions": {"method": "memory_bank", **LARGER, "head_options": DIRECTIONS},
+    "memory_bank_448_best": {"method": "memory_bank", **LARGER, "head_options": DIRECTIONS | {"neighbours": 5}},
     "l2bt_224": {"method": "l2bt", "layers": [2, 3], "img_size": 224, "head_options": {}},
-    "l2bt_448": {"method": "l2bt", "layers": [2, 3], "img_size": 448, "head_options": {}},
+    "l2bt_224_coarse": {"method": "l2bt", "layers": [3, 4], "img_size": 224, "head_options": {}},
+    "l2bt_448": {"method": "l2bt", **LARGER, "head_options": {}},
+    "l2bt_448_coarse": {"method": "l2bt", "layers": [3, 4], "img_size": 448, "head_options": {}},
 }
 
 
@@ -167,18 +182,25 @@ def fit(detector: Any, loader: Any, device: str, seed: int) -> None:
     detector.finalize()
 
 
-def answers(detector: Any, loader: Any, config: dict[str, Any], device: str) -> Iterator[tuple]:
-    """(path, kind, score (1,), map (1, 1, h, w) over the image alone, mask bool (1, h, w) likewise) of every image."""
+def answers(
+    detector: Any, loader: Any, config: dict[str, Any], device: str, good: bool = True
+) -> Iterator[tuple[str, str, Tensor, Tensor, Tensor]]:
+    """(path, kind, score (1,), map (1, 1, h, w) over the image alone, mask bool (1, h, w) likewise) of every image, or
+    without `good` of those with a defect."""
     from zoo.data.masks import inner_size, size_of
 
+    resize = config.get("resize", "stretch")
     for batch in loader:
+        wanted = [i for i, label in enumerate(batch["label"].tolist()) if good or label]
+        if not wanted:
+            continue
         with torch.no_grad():
-            scores, maps = detector(normalised(detector, batch["image"], device))
-        size = maps.shape[-2:]
-        for i, path in enumerate(batch["path"]):
-            height, width = inner_size(size_of(path), tuple(size), config.get("resize", "stretch"))
-            inner = maps[i : i + 1, :, :height, :width].cpu()
-            score = inner.amax((1, 2, 3)) if config.get("resize") == "pad" else scores[i : i + 1].cpu()
+            scores, maps = (out.cpu() for out in detector(normalised(detector, batch["image"][wanted], device)))
+        for place, i in enumerate(wanted):
+            path = batch["path"][i]
+            height, width = inner_size(size_of(path), tuple(maps.shape[-2:]), resize)
+            inner = maps[place : place + 1, :, :height, :width]
+            score = inner.amax((1, 2, 3)) if resize == "pad" else scores[place : place + 1]
             yield path, batch["kind"][i], score, inner, batch["mask"][i, :, :height, :width]
 
 
@@ -196,9 +218,8 @@ def judge_val(detector: Any, config: dict[str, Any], folder: Path, device: str, 
     judge = Judge()
     for seed in range(drawings):
         loader = data_module(config, folder, seed).val_dataloader()
-        for _, kind, score, inner, mask in answers(detector, loader, config, device):
-            if kind != "good" or seed == 0:
-                judge.update(score, on_grid(inner, GRID), torch.from_numpy(fit_mask(mask[0].numpy(), GRID))[None])
+        for _, _, score, inner, mask in answers(detector, loader, config, device, good=seed == 0):
+            judge.update(score, on_grid(inner, GRID), torch.from_numpy(fit_mask(mask[0].numpy(), GRID))[None])
     return {"all": judge.compute()}
 
 
@@ -227,7 +248,7 @@ def speed(path: Path, weights: str, device: str, count: int = 30) -> dict[str, A
     import zoo.heads  # noqa: F401  (what importing takes is not the detector's)
 
     saved = torch.load(path, weights_only=True)
-    before = _resident()
+    before = _memory("VmRSS")
     detector = detector_of(saved["config"], weights).eval()
     detector.load_state_dict(saved["state"])
     detector.to(device)
@@ -246,7 +267,7 @@ def speed(path: Path, weights: str, device: str, count: int = 30) -> dict[str, A
     if device == "cuda":
         found["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
     else:
-        found |= {"cpu_ms": 1e3 * statistics.median(busy[5:]), "peak_mb": _peak() - before}
+        found |= {"cpu_ms": 1e3 * statistics.median(busy[5:]), "peak_mb": _memory("VmHWM") - before}
     return {name: round(value, 1) for name, value in found.items()}
 
 
@@ -315,16 +336,17 @@ def _hardware(device: str) -> str:
 def _public(arguments: list[str]) -> list[str]:
     # Where files lie on this machine is nobody's business.
     hidden = {"--data": "magnetic_tile", "--weights": "efficientnet_lite0_in1k.safetensors"}
-    return [hidden.get(before, one) for before, one in zip(["", *arguments], arguments, strict=False)]
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return [hidden.get(before, one) for before, one in pairs if "--out" not in (before, one)]
 
 
-def _resident() -> float:
-    """Memory of this process now, in MB; its peak where the system does not say."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6 if statm.is_file() else _peak()
-
-
-def _peak() -> float:
+def _memory(field: str) -> float:
+    """VmRSS (now) or VmHWM (at most) of this process in MB; its peak where the system does not tell them apart."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: there a child starts from the peak of its parent.
+        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+        return int(line.split()[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
