@@ -17,9 +17,7 @@ import csv
 import hashlib
 import json
 import os
-import platform
 import random
-import resource
 import shlex
 import statistics
 import subprocess
@@ -39,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # zoo need not be installed
 
 from tools.anomaly_page import LIMITS, page  # noqa: E402
+from tools.anomaly_record import hardware, memory, public, versions  # noqa: E402
 
 RECORDS = ROOT / "recipes" / "results" / "anomaly"
 PAGE = ROOT / "recipes" / "ANOMALY.md"
@@ -248,7 +247,7 @@ def speed(path: Path, weights: str, device: str, count: int = 30) -> dict[str, A
     import zoo.heads  # noqa: F401  (what importing takes is not the detector's)
 
     saved = torch.load(path, weights_only=True)
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     detector = detector_of(saved["config"], weights).eval()
     detector.load_state_dict(saved["state"])
     detector.to(device)
@@ -267,7 +266,7 @@ def speed(path: Path, weights: str, device: str, count: int = 30) -> dict[str, A
     if device == "cuda":
         found["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
     else:
-        found |= {"cpu_ms": 1e3 * statistics.median(busy[5:]), "peak_mb": _memory("VmHWM") - before}
+        found |= {"cpu_ms": 1e3 * statistics.median(busy[5:]), "peak_mb": memory("VmHWM") - before}
     return {name: round(value, 1) for name, value in found.items()}
 
 
@@ -294,13 +293,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             [*own, "--threads", str(args.threads)], capture_output=True, text=True, check=True, env=os.environ
         )
     return {
-        "command": shlex.join(["python", "tools/anomaly_bench.py", *_public(sys.argv[1:])]),
+        "command": shlex.join(["python", "tools/anomaly_bench.py", *public(sys.argv[1:])]),
         "config": args.config,
         "split": args.split,
         "seed": args.seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": _hardware(args.device),
-        "versions": _versions(),
+        "hardware": hardware(args.device),
+        "versions": versions(),
         "backbone": BACKBONE,
         **config,
         **({"training": TRAINING} if detector.head.needs_gradient else {"bank": list(detector.head.bank.shape)}),
@@ -309,45 +308,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "per_image": json.loads(timed.stdout.splitlines()[-1]),
         args.split: measured,
     }
-
-
-def _versions() -> dict[str, str]:
-    import timm
-
-    import zoo
-
-    return {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()} | {
-        "attnzoo": zoo.__version__
-    }
-
-
-def _hardware(device: str) -> str:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if device == "cuda":
-        return f"1 x {torch.cuda.get_device_name(0)}, {cores} CPU cores"
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {cores} CPU cores, {torch.get_num_threads()} threads"
-
-
-def _public(arguments: list[str]) -> list[str]:
-    # Where files lie on this machine is nobody's business.
-    hidden = {"--data": "magnetic_tile", "--weights": "efficientnet_lite0_in1k.safetensors"}
-    pairs = zip(["", *arguments], arguments, strict=False)
-    return [hidden.get(before, one) for before, one in pairs if "--out" not in (before, one)]
-
-
-def _memory(field: str) -> float:
-    """VmRSS (now) or VmHWM (at most) of this process in MB; its peak where the system does not tell them apart."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not getrusage: there a child starts from the peak of its parent.
-        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def _say(text: str) -> None:

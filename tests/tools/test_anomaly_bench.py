@@ -123,4 +123,4 @@ def test_the_kept_page_is_what_the_kept_records_say():
 def test_no_path_of_a_machine_is_kept():
     given = ["run", "x", "--data", "/home/me/magnetic_tile", "--weights", "/tmp/w.safetensors", "--out", "/a/b"]
     wanted = ["run", "x", "--data", "magnetic_tile", "--weights", "efficientnet_lite0_in1k.safetensors"]
-    assert bench._public(given) == wanted
+    assert bench.public(given) == wanted
