@@ -22,7 +22,7 @@ ALLOWED = {
     "metrics": set(),
     "data": set(),
     "tasks": {"data", "metrics", "heads", "features", "backbones"},
-    "export": {"tasks"},
+    "export": {"tasks", "data"},
     "published": set(),
     "catalogue": {"backbones", "attention"},
     "commands": {
@@ -42,6 +42,7 @@ EXTRAS = {
     "pytorch_lightning",
     "jsonargparse",
     "torchmetrics",
+    "scipy",
     "albumentations",
     "tensorboard",
     "matplotlib",

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 # Rooms that pull in lightning, onnx or albumentations load on first use, so that `import zoo` stays light.
-_LAZY = ("data", "export", "tasks")
+_LAZY = ("data", "export", "heads", "metrics", "tasks")
 
 
 def __getattr__(name: str):

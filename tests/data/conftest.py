@@ -8,20 +8,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zoo.data import ImageClassification
+from zoo.data import AnomalyDetection, ImageClassification
 
 
 @pytest.fixture(autouse=True)
 def stop_workers(monkeypatch):
     """Ends workers with their test: left to the garbage collector, torch may wait 5 seconds for each of them."""
     loaders = []
-    make = ImageClassification._loader
 
-    def remember(self, *args, **options):
-        loaders.append(make(self, *args, **options))
-        return loaders[-1]
+    def remembering(make):
+        def remember(self, *args, **options):
+            loaders.append(make(self, *args, **options))
+            return loaders[-1]
 
-    monkeypatch.setattr(ImageClassification, "_loader", remember)
+        return remember
+
+    for kind in (AnomalyDetection, ImageClassification):
+        monkeypatch.setattr(kind, "_loader", remembering(kind._loader))
     yield
     for loader in loaders:
         if loader._iterator is not None:

@@ -25,3 +25,8 @@ def tiny():
 @pytest.fixture(autouse=True)
 def clean_seed(monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+@pytest.fixture(scope="session")
+def anomaly():
+    return load_script("tiny_anomaly")

@@ -38,7 +38,7 @@ def parse(name, *arguments):
 
 
 def test_recipes_are_shipped():
-    assert {"quickstart.yaml", "classification/cifar10_vit_tiny.yaml"} <= set(RECIPES)
+    assert {"quickstart.yaml", "classification/cifar10_vit_tiny.yaml", "anomaly/l2bt.yaml"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -56,7 +56,24 @@ def test_a_recipe_says_what_it_is(name):
     assert set(content) == {"seed_everything", "trainer", "model", "data"}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+CLASSIFIERS = [name for name in RECIPES if not name.startswith("anomaly/")]
+DETECTORS = [name for name in RECIPES if name.startswith("anomaly/")]
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_s_recipe_parses_and_its_teacher_takes_the_images(name):
+    cli = parse(name)
+    made = cli.parser.instantiate_classes(cli.config)
+    size, task = cli.config.data.init_args.img_size, made.model
+    assert task.hparams["img_size"] == [size, size]
+    # Nothing is downloaded by a recipe, and a bank sees every image once.
+    assert task.hparams["pretrained"] is False
+    assert task.automatic_optimization or cli.config.trainer.max_epochs == 1
+    learn = task.detector.loss if task.automatic_optimization else task.detector.update
+    learn(torch.rand(2, 3, size, size))
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_recipe_parses_and_its_network_works(name):
     cli = parse(name, "--model.init_args.class_names", "[a, b, c]")
     made = cli.parser.instantiate_classes(cli.config)

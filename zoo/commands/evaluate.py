@@ -1,4 +1,4 @@
-"""`zoo validate` and `zoo test`: the accuracy of a checkpoint on its own data, or on other data of the same classes."""
+"""`zoo validate` and `zoo test`: how good a checkpoint is on its own data, or on other data of the same kind."""
 
 import tempfile
 from pathlib import Path
@@ -7,9 +7,13 @@ from typing import Any
 from zoo.commands.arguments import Parser, need
 from zoo.errors import UsageError
 
-_ABOUT = "Accuracy of a run's best checkpoint, on the data it was trained with or on --data.root DIR."
+_ABOUT = "How good a run's best checkpoint is, on the data it was trained with or on --data.root DIR."
 _MORE = """frequent overrides: --data.root DIR   --data.test_split NAME   --data.batch_size N   --data.num_workers N
   --trainer.accelerator cpu   --trainer.precision 32-true"""
+
+
+# The data of each task, for a checkpoint that was not written by this command and so names no classes.
+_DATA = {"Classification": "ImageClassification", "AnomalyDetection": "AnomalyDetection"}
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -36,7 +40,7 @@ def run(command: str, arguments: list[str]) -> None:
         method = getattr(cli.trainer, command)
         method(cli.model, datamodule=cli.datamodule, ckpt_path=str(checkpoint), weights_only=True, verbose=False)
     if cli.trainer.is_global_zero:
-        print(_closing(command, cli.trainer, checkpoint, folder))
+        print(_closing(command, cli.trainer, cli.model, checkpoint, folder))
 
 
 def _build(checkpoint: Path, configs: list[str], overrides: list[str], folder: Path) -> Any:
@@ -48,7 +52,7 @@ def _build(checkpoint: Path, configs: list[str], overrides: list[str], folder: P
     with tempfile.TemporaryDirectory() as scratch:
         own = Path(scratch) / "checkpoint.yaml"
         own.write_text(yaml.safe_dump(settings_of(checkpoint)), encoding="utf-8")
-        return ZooCLI([str(own), *configs], overrides, wire=lambda config: wire_evaluation(config, folder))
+        return ZooCLI([str(own), *configs], overrides, wire=lambda config, task: wire_evaluation(config, task, folder))
 
 
 def settings_of(checkpoint: Path) -> dict[str, Any]:
@@ -59,6 +63,7 @@ def settings_of(checkpoint: Path) -> dict[str, Any]:
     """
     import torch
 
+    from zoo.tasks.checkpoint import task_kind
     from zoo.tasks.plain import plain
     from zoo.tasks.weights import read_file
 
@@ -66,9 +71,10 @@ def settings_of(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"hyper_parameters", "datamodule_hyper_parameters"} <= set(content):
         raise UsageError(f"{checkpoint} is no checkpoint of a run (it says nothing about its network and its data)")
     settings: dict[str, Any] = {"seed_everything": 0}
+    kind = task_kind(content)
     for key, stored, default in (
-        ("model", "hyper_parameters", "zoo.tasks.Classification"),
-        ("data", "datamodule_hyper_parameters", "zoo.data.ImageClassification"),
+        ("model", "hyper_parameters", f"zoo.tasks.{kind}"),
+        ("data", "datamodule_hyper_parameters", f"zoo.data.{_DATA[kind]}"),
     ):
         values = {k: plain(v) for k, v in content[stored].items() if not k.startswith("_")}
         settings[key] = {"class_path": content[stored].get("_class_path") or default, "init_args": values}
@@ -93,14 +99,13 @@ def _precision(checkpoint: Path) -> str | None:
     return trainer.get("precision")
 
 
-def _closing(command: str, trainer: Any, checkpoint: Path, folder: Path) -> str:
-    prefix = "val" if command == "validate" else "test"
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    top1, top5 = metrics.get(f"{prefix}/top1"), metrics.get(f"{prefix}/top5")
-    lines = [f"checkpoint  {checkpoint}"]
-    if top1 is not None and top5 is not None:
-        where = "validation" if command == "validate" else "test"
-        lines.append(f"accuracy    top-1 {top1:.2%}, top-5 {top5:.2%} on the {where} images")
-    if command == "test":
-        lines.append(f"pictures    {folder / 'pictures'}: test_confusion_matrix.png, test_worst_mistakes.png")
-    return "\n".join(lines)
+def _closing(command: str, trainer: Any, task: Any, checkpoint: Path, folder: Path) -> str:
+    from zoo.commands.tables import facts
+    from zoo.tasks.base import Task
+
+    lines = [("checkpoint", str(checkpoint))]
+    stage = "val" if command == "validate" else "test"
+    if isinstance(task, Task):
+        lines += task.headline({k: float(v) for k, v in trainer.callback_metrics.items()}, stage)
+        lines += task.left(folder, "test") if command == "test" else []
+    return facts(lines)

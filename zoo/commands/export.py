@@ -5,16 +5,18 @@ from pathlib import Path
 from zoo.commands.arguments import Parser, need
 from zoo.errors import UsageError
 
-_ABOUT = """Writes a run's network as one ONNX file: uint8 images in, logits out, normalisation inside, class names and
-input size in its metadata. The file appears only after onnxruntime has computed with it what torch computes."""
+_ABOUT = """Writes a run's network as one ONNX file: uint8 images in, normalisation inside. A classifier gives logits; a
+detector of defects takes images of any size and gives a score and a map, with its threshold in the metadata. The file
+appears only after onnxruntime has computed with it what torch computes."""
 
 
 def run(command: str, arguments: list[str]) -> None:
     """Runs `zoo export`."""
-    parser = Parser(command, "RUN_OR_CKPT [MODEL.onnx] [--bundle DIR]", _ABOUT)
+    parser = Parser(command, "RUN_OR_CKPT [MODEL.onnx] [--bundle DIR] [--half]", _ABOUT)
     parser.add_argument("checkpoint", metavar="RUN_OR_CKPT", help="name or folder of a run (its best), or a checkpoint")
     parser.add_argument("path", nargs="?", metavar="MODEL.onnx", help="the file to write; DIR/model.onnx with --bundle")
     parser.add_argument("--bundle", metavar="DIR", help="also fill DIR with all that running it takes")
+    parser.add_argument("--half", action="store_true", help="store weights as 16-bit numbers; prints what that costs")
     options = parser.parse_all(arguments)
     if options.path is None and options.bundle is None:
         raise UsageError(f"where to? zoo export {options.checkpoint} model.onnx")
@@ -31,7 +33,7 @@ def run(command: str, arguments: list[str]) -> None:
     if options.path is None:
         path.parent.mkdir(parents=True, exist_ok=True)
     print(f"from      {checkpoint}")
-    print(f"written   {to_onnx(checkpoint, path)}")
+    print(f"written   {to_onnx(checkpoint, path, half=options.half)}")
     if options.bundle is None:
         print(f"next      zoo predict {path} IMAGES...")
     else:

@@ -20,7 +20,9 @@ _MORE = """frequent overrides (any option of the recipe can be given; values aft
   --trainer.max_epochs N   --trainer.max_time DD:HH:MM:SS   --trainer.accelerator cpu
   --seed_everything N
   --print_config                    the whole recipe with every default
-  --model.help zoo.tasks.Classification    --data.help zoo.data.ImageClassification    --help-all"""
+  --model.help zoo.tasks.Classification    --data.help zoo.data.ImageClassification    --help-all
+detectors of defects (--config anomaly/l2bt): --data.root DIR with good images in DIR or DIR/train/good
+  --model.help zoo.tasks.AnomalyDetection  --data.help zoo.data.AnomalyDetection"""
 # Children that Lightning starts for further devices run the same line; they must join the parent's run.
 _RUN_OF_PARENT = "ZOO_RUN_FOLDER"
 
@@ -79,8 +81,14 @@ def _train(folder: Path, configs: list[str], overrides: list[str], checkpoint: P
 
     existed = folder.exists()
 
+    def wire(config: dict[str, Any], task: Any) -> None:
+        wire_fit(config, task, folder, step)
+
     try:
-        cli = ZooCLI(configs, overrides, wire=lambda c: wire_fit(c, folder, step), before=lambda: probe(folder))
+        cli = ZooCLI(configs, overrides, wire=wire, before=lambda: probe(folder))
+        # Data that is not as described is bad usage, which leaves no run behind.
+        if hasattr(cli.datamodule, "check"):
+            cli.datamodule.check()
     except BaseException:
         if not existed:
             clear_empty([folder, folder.parent])
@@ -97,7 +105,7 @@ def _train(folder: Path, configs: list[str], overrides: list[str], checkpoint: P
         with while_running(resume, kept=str(folder / "checkpoints")):
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
         if cli.trainer.is_global_zero:
-            print(_closing(folder, cli.trainer, cli.datamodule, time.monotonic() - started, step))
+            print(_closing(folder, cli.trainer, cli.model, cli.datamodule, time.monotonic() - started, step))
     finally:
         os.environ.pop(_RUN_OF_PARENT, None)
 
@@ -108,29 +116,28 @@ def _write_config(folder: Path, text: str) -> None:
     partial.replace(folder / "config.yaml")
 
 
-def _closing(folder: Path, trainer: Any, data: Any, seconds: float, step: int | None) -> str:
+def _closing(folder: Path, trainer: Any, task: Any, data: Any, seconds: float, step: int | None) -> str:
     """Where the run is, how good it is, and what to type next."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor == "val/top1"]
-    best = next((c.best_model_score for c in savers if c.best_model_score is not None), None)
-    last = trainer.callback_metrics.get("val/top1")
+    from zoo.commands.tables import facts
+    from zoo.tasks.base import Task
+
     if trainer.global_step == step:
         return f"{folder} is trained to its end already. To train it further: --resume --trainer.max_epochs N"
-    lines = [f"run       {folder}: {trainer.current_epoch} epochs, {trainer.global_step} updates, {seconds:.0f} s"]
-    if last is not None:
-        accuracy = f"last {float(last):.2%}"
-        if best is not None:
-            accuracy = f"best {float(best):.2%}, " + accuracy
-        lines.append(f"accuracy  {accuracy} (top-1 on the validation images)")
-    if (folder / "pictures" / "worst_mistakes.png").is_file():
-        lines.append(f"pictures  {folder / 'pictures'}: confusion matrix, worst mistakes")
+    monitor = getattr(task, "monitor", None)
+    savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.monitor == monitor]
+    best = next((float(c.best_model_score) for c in savers if c.best_model_score is not None), None)
+    lines = [("run", f"{folder}: {trainer.current_epoch} epochs, {trainer.global_step} updates, {seconds:.0f} s")]
+    if isinstance(task, Task):
+        lines += task.headline({k: float(v) for k, v in trainer.callback_metrics.items()}, "val", best)
+        lines += task.left(folder, "val")
     name = shlex.quote(_name(folder))
     following = [f"zoo export {name} model.onnx", f"zoo predict {name} IMAGES..."]
-    if getattr(data, "hparams", {}).get("test_split"):
+    if getattr(data, "hparams", {}).get("test_split") or getattr(data, "has_test", False):
         following.append(f"zoo test --run {name}")
-    lines += [f"{'next' if i == 0 else '':<10}{line}" for i, line in enumerate(following)]
-    return "\n".join(lines)
+    lines += [("next" if i == 0 else "", line) for i, line in enumerate(following)]
+    return facts(lines)
 
 
 def _name(folder: Path) -> str:

@@ -27,7 +27,8 @@ class ZooCLI(LightningCLI):
     Args:
         configs: names or paths of recipes; later ones win.
         overrides: the rest of the command line; wins over all recipes.
-        wire: called with the trainer's keyword arguments just before it is made; adds loggers and callbacks.
+        wire: called with the trainer's keyword arguments and the task just before the trainer is made; adds loggers and
+            callbacks.
         before: called when everything is parsed and nothing is made yet.
 
     Raises:
@@ -39,7 +40,7 @@ class ZooCLI(LightningCLI):
         configs: Sequence[str],
         overrides: Sequence[str],
         *,
-        wire: Callable[[dict[str, Any]], None],
+        wire: Callable[[dict[str, Any], LightningModule], None],
         before: Callable[[], None] = lambda: None,
     ):
         self._wire, self._before = wire, before
@@ -96,7 +97,7 @@ class ZooCLI(LightningCLI):
         config["plugins"] = plugins if isinstance(plugins, list) else [plugins]
         if config.get("enable_model_summary") is None:
             config["enable_model_summary"] = False
-        self._wire(config)
+        self._wire(config, self.model)
         return self.trainer_class(**config)
 
     def config_yaml(self) -> str:
@@ -135,5 +136,7 @@ def describe(data: LightningDataModule, task: LightningModule, folder: Path) -> 
     """One line about what is about to be trained."""
     parameters = sum(p.numel() for p in task.parameters())
     name = task.hparams.get("backbone", type(task).__name__)
+    if method := task.hparams.get("method"):
+        name = f"{method} on {name}"
     classes = len(getattr(data, "class_names", ()))
-    return f"{name}: {parameters / 1e6:.2f} M parameters, {classes} classes -> {folder}"
+    return f"{name}: {parameters / 1e6:.2f} M parameters{f', {classes} classes' if classes else ''} -> {folder}"

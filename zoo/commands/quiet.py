@@ -22,6 +22,8 @@ _LOGGED = (
     "Detected KeyboardInterrupt",
     "You are using the plain ModelCheckpoint",
     "You are using a CUDA device",
+    # A teacher is a part of its network; the rest of the weights has no place in it.
+    "found while loading pretrained weights. This may be expected",
 )
 # The run folder is ours and meant to be non-empty; the number of workers is the recipe's choice.
 _WARNED = (
@@ -34,6 +36,7 @@ _WARNED = (
     r".*pkg_resources is deprecated.*",
     r".*Found .* module\(s\) in eval mode at the start of training.*",
     r".*Be aware that when using `ckpt_path`.*",
+    r".*Using ModelCheckpoint with manual optimization.*",
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",
 )
 
@@ -60,4 +63,5 @@ def quiet() -> None:
     drop = _Filter()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(drop)
-    logging.getLogger("lightning.fabric.utilities.seed").addFilter(drop)
+    for name in ("lightning.fabric.utilities.seed", "timm.models._builder"):
+        logging.getLogger(name).addFilter(drop)

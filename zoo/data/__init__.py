@@ -7,6 +7,7 @@ try:
 except ImportError as error:
     raise missing_extra("train", "lightning") from error
 
+from zoo.data.anomaly import AnomalyDetection
 from zoo.data.classification import ImageClassification
 
-__all__ = ["ImageClassification"]
+__all__ = ["AnomalyDetection", "ImageClassification"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from zoo.data.labelled import LabelledImages, seed_all
+from zoo.data.labelled import LabelledImages, leave_out, seed_all
 from zoo.data.preload import PreloadedImages, PreloadedLoader, preload, random_crop_flip
 from zoo.data.sampler import EpochSampler, ResumableLoader, collate, mix
 from zoo.data.sources import Source, find_split, open_folder, open_named, resolve_root, share_of, train_folder
@@ -301,14 +301,7 @@ class ImageClassification(LightningDataModule):
         return DataLoader(source, collate_fn=_collate_stream, **arguments)
 
     def _unreadable(self, name: str, reason: str) -> None:
-        if self.hparams.on_error == "raise":
-            raise UsageError(
-                f"{name} cannot be read: {reason}. Mend or remove it, or use --data.on_error skip to leave such "
-                "images out"
-            )
-        if name not in self.skipped:
-            self.skipped[name] = reason
-            rank_zero_warn(f"left out, cannot be read: {name} ({reason})")
+        leave_out(self.skipped, self.hparams.on_error, name, reason)
 
 
 _STATISTICS = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

@@ -2,17 +2,49 @@
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from zoo.data.sampler import Unreadable, mix, split_key
 from zoo.data.sources import Source
+from zoo.errors import UsageError
 
 
-class LabelledImages(Dataset):
+class Samples(Dataset):
+    """Samples by (epoch, index), with `Unreadable` for a damaged file.
+
+    Attributes:
+        seed: of random choices; None in evaluation.
+    """
+
+    seed: int | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, int] | int) -> Any:
+        raise NotImplementedError
+
+    def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> list[Any]:
+        samples = [self[key] for key in keys]
+        if self.seed is None or not all(isinstance(sample, Unreadable) for sample in samples):
+            return samples
+        # Lightning does not validate after an epoch that is a batch short, and other ranks would wait for the batch:
+        # so in training, and only there, the next readable image takes the place of a whole batch.
+        epoch, index = split_key(keys[-1])
+        for step in range(1, len(self)):
+            samples.append(self[epoch, (index + step) % len(self)])
+            if not isinstance(samples[-1], Unreadable):
+                break
+        return samples
+
+
+class LabelledImages(Samples):
     """(uint8 image (C, H, W), class number) for (epoch, index); random choices depend on (seed, epoch, index) alone."""
 
     def __init__(self, source: Source, numbers: Sequence[int], transform: Callable, in_chans: int, seed: int | None):
@@ -33,18 +65,20 @@ class LabelledImages(Dataset):
             seed_all(mix("sample", self.seed, epoch, number))
         return self.transform(image), target
 
-    def __getitems__(self, keys: Sequence[tuple[int, int] | int]) -> list[tuple[Tensor, int] | Unreadable]:
-        samples = [self[key] for key in keys]
-        if self.seed is None or not all(isinstance(sample, Unreadable) for sample in samples):
-            return samples
-        # Lightning does not validate after an epoch that is a batch short, and other ranks would wait for the batch:
-        # so in training, and only there, the next readable image takes the place of a whole batch.
-        epoch, index = split_key(keys[-1])
-        for step in range(1, len(self)):
-            samples.append(self[epoch, (index + step) % len(self)])
-            if not isinstance(samples[-1], Unreadable):
-                break
-        return samples
+
+def leave_out(skipped: dict[str, str], on_error: str, name: str, reason: str) -> None:
+    """Notes an image that cannot be read in `skipped`, with a warning the first time.
+
+    Raises:
+        UsageError: `on_error` is "raise".
+    """
+    if on_error == "raise":
+        raise UsageError(
+            f"{name} cannot be read: {reason}. Mend or remove it, or use --data.on_error skip to leave such images out"
+        )
+    if name not in skipped:
+        skipped[name] = reason
+        rank_zero_warn(f"left out, cannot be read: {name} ({reason})")
 
 
 def seed_all(seed: int) -> None:

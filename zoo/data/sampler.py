@@ -40,12 +40,16 @@ class EpochSampler(DistributedSampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
         start, self.start = self.start, 0
         epoch = self.epoch if self.shuffle else 0
-        order = list(self.dataset)  # type: ignore[call-overload]
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(mix("order", self.seed, epoch))
-            order = torch.randperm(len(order), generator=generator).tolist()
+        order = self.order(epoch)
         order += islice(cycle(tuple(order)), self.total_size - len(order))
         return iter([(epoch, index) for index in order[self.rank :: self.num_replicas][start:]])
+
+    def order(self, epoch: int) -> list[int]:
+        """Every index once, for all processes."""
+        if not self.shuffle:
+            return list(self.dataset)  # type: ignore[call-overload]
+        generator = torch.Generator().manual_seed(mix("order", self.seed, epoch))
+        return torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
 
 
 class Unreadable(NamedTuple):

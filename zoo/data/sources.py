@@ -68,8 +68,11 @@ class Source:
                 stream.close()
 
 
-def resolve_root(root: str) -> Path:
+def resolve_root(root: str, holds: str = "train/CLASS/*.jpg") -> Path:
     """The folder that `root` names; `samples:NAME` is a folder of the bundled images.
+
+    Args:
+        holds: what should lie in it, for messages.
 
     Raises:
         UsageError: there is no such folder.
@@ -80,12 +83,12 @@ def resolve_root(root: str) -> Path:
             raise unknown("bundled samples", root, [f"samples:{found.name}" for found in samples_dir().iterdir()])
         return path
     if not root:
-        raise UsageError("no data: give --data.root FOLDER (a folder with train/CLASS/*.jpg)")
+        raise UsageError(f"no data: give --data.root FOLDER (a folder with {holds})")
     path = Path(root).expanduser()
     if not path.exists():
         raise UsageError(f"the data folder {root!r} does not exist; give --data.root FOLDER")
     if not path.is_dir():
-        raise UsageError(f"--data.root {root!r} is a file; give the folder that holds train/CLASS/*.jpg")
+        raise UsageError(f"--data.root {root!r} is a file; give the folder that holds {holds}")
     return path
 
 

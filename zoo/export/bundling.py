@@ -20,10 +20,15 @@ README = """\
     pip install -r requirements.txt
     python predictor.py {name} IMAGES_OR_FOLDERS... --out results
 
-The first line is needed once. The second prints the most probable classes of each image and writes
-results/predictions.csv. `python predictor.py --help` lists the options.
+The first line is needed once. The second {does}
+`python predictor.py --help` lists the options.
 In Python: from predictor import Predictor; Predictor("{name}").predict(["a.jpg", "b.png"])
 """
+DOES = {
+    "classification": "prints the most probable classes of each image and writes\nresults/predictions.csv.",
+    "anomaly_detection": "says of each image whether it is good or defect, writes\n"
+    "results/predictions.csv, and a picture of where the defects are into results/heatmaps.",
+}
 
 
 def bundle(onnx_path: str | os.PathLike, directory: str | os.PathLike) -> Path:
@@ -37,7 +42,7 @@ def bundle(onnx_path: str | os.PathLike, directory: str | os.PathLike) -> Path:
     """
     onnx_path, directory = Path(onnx_path), Path(directory)
     try:
-        predictor.Predictor(onnx_path)
+        does = DOES[predictor.Predictor(onnx_path).task]
     except predictor.PredictorError as error:
         raise UsageError(str(error)) from error
     name = onnx_path.name
@@ -45,7 +50,7 @@ def bundle(onnx_path: str | os.PathLike, directory: str | os.PathLike) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         _place(directory / name, onnx_path)
         _place(directory / "predictor.py", Path(predictor.__file__))
-        for file, text in (("requirements.txt", REQUIREMENTS), ("README.txt", README.format(name=name))):
+        for file, text in (("requirements.txt", REQUIREMENTS), ("README.txt", README.format(name=name, does=does))):
             (directory / file).write_text(text, encoding="utf-8")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -4,9 +4,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from zoo.export.check import outputs_of
+from zoo.export.graphs import graph_of
 from zoo.export.metadata import build_metadata
 from zoo.export.predictor import Predictor
 
@@ -21,11 +22,9 @@ class CheckpointPredictor(Predictor):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         task.to(device)
 
-        @torch.inference_mode()
-        def run(batch: np.ndarray) -> list[np.ndarray]:
-            return [task.inference(torch.from_numpy(batch).to(device)).cpu().numpy()]
-
-        return build_metadata(task.export_meta(), data), run
+        meta = task.export_meta()
+        network = graph_of(meta, data).network(task)
+        return build_metadata(meta, data), lambda batch: outputs_of(network, batch, device)
 
 
 def open_model(path: str | os.PathLike) -> Predictor:

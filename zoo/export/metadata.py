@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ import timm
 import torch
 
 from zoo.errors import UsageError, unknown
+from zoo.export.graphs import threshold_of
 
 FORMAT = 1
 # Of the data hyperparameters, with the values that timm's evaluation transform gives them when they are absent.
@@ -50,23 +52,45 @@ def build_metadata(meta: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str
         meta: what the task's `export_meta` returns.
         data: hyperparameters of the data module.
     """
-    chosen = preprocessing(data)
-    mean = _IMAGENET_MEAN if meta["in_chans"] == 3 else [sum(_IMAGENET_MEAN) / 3] * meta["in_chans"]
+    own = _of_anomaly_detection if meta["task"] == "anomaly_detection" else _of_classification
     return {
         "zoo.format": str(FORMAT),
         "zoo.task": str(meta["task"]),
         "zoo.backbone": str(meta["backbone"]),
-        "zoo.class_names": json.dumps(list(meta["class_names"]), ensure_ascii=False),
         "zoo.img_size": json.dumps([int(side) for side in meta["img_size"]]),
         "zoo.in_chans": str(int(meta["in_chans"])),
         "zoo.mean": json.dumps(list(meta["mean"])),
         "zoo.std": json.dumps(list(meta["std"])),
+        **own(meta, data),
+        "zoo.options": json.dumps({k: meta.get(k) for k in ("attn", "attn_options", "backbone_options")}),
+        "zoo.versions": json.dumps(versions()),
+    }
+
+
+def _of_classification(meta: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
+    chosen = preprocessing(data)
+    mean = _IMAGENET_MEAN if meta["in_chans"] == 3 else [sum(_IMAGENET_MEAN) / 3] * meta["in_chans"]
+    return {
+        "zoo.class_names": json.dumps(list(meta["class_names"]), ensure_ascii=False),
         "zoo.crop_pct": repr(float(chosen["crop_pct"])),
         "zoo.crop_mode": chosen["crop_mode"],
         "zoo.interpolation": chosen["interpolation"],
         "zoo.border_fill": json.dumps([round(255 * value) for value in mean]),
-        "zoo.options": json.dumps({k: meta.get(k) for k in ("attn", "attn_options", "backbone_options")}),
-        "zoo.versions": json.dumps(versions()),
+    }
+
+
+def _of_anomaly_detection(meta: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
+    threshold = threshold_of(meta)
+    pixels = float("nan") if meta.get("pixel_threshold") is None else float(meta["pixel_threshold"])
+    tile = data.get("tile")
+    return {
+        "zoo.method": str(meta["method"]),
+        "zoo.layers": json.dumps(meta.get("layers")),
+        "zoo.threshold": repr(threshold),
+        "zoo.pixel_threshold": repr(pixels if math.isfinite(pixels) else threshold),
+        "zoo.resize": "stretch" if tile is not None else str(data.get("resize") or "stretch"),
+        "zoo.tile": json.dumps(None if tile is None else int(tile)),
+        "zoo.tile_overlap": json.dumps(None if tile is None else data.get("tile_overlap")),
     }
 
 

@@ -14,32 +14,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zoo.errors import UsageError, missing_extra, unknown
+from zoo.export.check import Check, ExportError, short
+from zoo.export.graphs import Graph, graph_of, threshold_of
+from zoo.export.half import Loss, halve, measure
 from zoo.export.metadata import PREPROCESSING, build_metadata
+
+__all__ = ["OPSET", "TOLERANCE", "ExportError", "ExportResult", "to_onnx"]
 
 # The opset that torch's exporter is written in: anything newer goes through a converter and gains nothing here.
 OPSET = 18
 # float32 has 24 bits, and a deep network in another order of summation keeps about 14 of them; a wrong operator,
 # constant or layout costs all of them.
 TOLERANCE = 1e-4
-# The graph is traced with 2 images: 1 catches a squeezed batch, the others one that was frozen.
-BATCH_SIZES = (1, 3, 8)
-
-
-class ExportError(RuntimeError):
-    """The network cannot be exported, or the exported graph computes something else than torch."""
 
 
 @dataclass(frozen=True)
 class ExportResult:
     """A verified file.
 
-    `max_error` is the largest difference of any logit from torch's, `max_relative_error` the same as a part of the
-    largest logit (of 1 where the logits are smaller), over `images` images.
+    `max_error` is the largest difference of any output from torch's, `max_relative_error` the same as a part of the
+    largest logit (of 1 where the logits are smaller) or map value (of the threshold where that is larger), over
+    `images` images. Both are of the graph before its weights became `half`, whose cost is `loss`.
     """
 
     path: Path
@@ -48,11 +47,14 @@ class ExportResult:
     max_relative_error: float
     images: int
     seconds: float
+    unit: str = "logit"
+    loss: Loss | None = None
 
     def __str__(self) -> str:
         return (
             f"{self.path}: {self.size_bytes / 1e6:.1f} MB, checked on {self.images} images: largest difference from "
-            f"torch {self.max_error:.1e} ({self.max_relative_error:.1e} of the largest logit); {self.seconds:.1f} s"
+            f"torch {self.max_error:.1e} ({self.max_relative_error:.1e} of the largest {self.unit}); "
+            f"{self.seconds:.1f} s" + (f"\n{self.loss}" if self.loss else "")
         )
 
 
@@ -63,9 +65,13 @@ def to_onnx(
     preprocess: Mapping[str, Any] | None = None,
     opset: int = OPSET,
     tolerance: float = TOLERANCE,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
+    batch_sizes: Sequence[int] | None = None,
+    half: bool = False,
 ) -> ExportResult:
-    """Writes one ONNX file: `images` uint8 (batch, C, H, W) -> `logits` float32 (batch, classes), any batch size.
+    """Writes one ONNX file of `images` uint8 (batch, C, H, W), any batch size.
+
+    Classification: `logits` float32 (batch, classes), of images at the model's own size. Anomaly detection: `score`
+    float32 (batch,) and `map` float32 (batch, 1, H, W), of images of any size.
 
     Normalisation is inside the graph, and the metadata says what running it on pictures takes. The file gets its name
     only after onnxruntime has computed with it what torch computes; on any failure nothing is left behind, and a file
@@ -75,8 +81,10 @@ def to_onnx(
         source: a checkpoint of a run, or a task (anything with `inference` and `export_meta`); a task is not changed.
         path: the file to write, ending in .onnx.
         preprocess: crop_pct, crop_mode and interpolation of evaluation; those of the run's data when absent.
-        tolerance: allowed difference from torch, as a part of the largest logit.
-        batch_sizes: numbers of images to check with.
+            Classification only.
+        tolerance: allowed difference from torch, as a part of the largest logit or map value.
+        batch_sizes: numbers of images to check with, at each of two image sizes where any size will do.
+        half: store weights as 16-bit numbers, and measure what that costs. Anomaly detection only.
 
     Raises:
         UsageError: bad source or path, or the export extra is not installed.
@@ -92,26 +100,31 @@ def to_onnx(
     with _partial_file(path) as partial:
         task, data = _resolve(source)
         meta = task.export_meta()
+        graph = graph_of(meta, data)
+        _refuse_options_of_others(graph, preprocess, half)
         metadata = build_metadata(meta, data | dict(preprocess or {}))
         task = _separate_copy(task)
-        shape = (int(meta["in_chans"]), *(int(side) for side in meta["img_size"]))
-        model = _export(_Inference(_fused(task)), shape, metadata, opset)
-        check = _Check(_Inference(task), shape, len(meta["class_names"]), tolerance)
-        error, relative = check(_serialised(model), batch_sizes)
+        model = _export(graph.network(_fused(task)), graph, metadata, opset)
+        network, cases = graph.network(task), graph.cases(batch_sizes)
+        error, relative = Check(network, graph, tolerance)(_serialised(model), cases)
         model.metadata_props.add(key="zoo.max_relative_error", value=f"{relative:.3e}")
+        loss = None
+        if half:
+            halve(model)
+            loss = measure(_serialised(model), network, data, graph.shape, threshold_of(meta))
+            model.metadata_props.add(key="zoo.half_loss", value=loss.as_json())
         content = _serialised(model)
         _write(partial, content)
         os.replace(partial, path)
-    return ExportResult(path, len(content), error, relative, sum(batch_sizes), time.monotonic() - start)
+    images = sum(case[0] for case in cases)
+    return ExportResult(path, len(content), error, relative, images, time.monotonic() - start, graph.unit, loss)
 
 
-class _Inference(nn.Module):
-    def __init__(self, task: nn.Module):
-        super().__init__()
-        self.task = task.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.task.inference(images)
+def _refuse_options_of_others(graph: Graph, preprocess: Mapping[str, Any] | None, half: bool) -> None:
+    if graph.task == "anomaly_detection" and preprocess:
+        raise UsageError("preprocess: an anomaly detector resizes inside its graph; leave these options away")
+    if graph.task == "classification" and half:
+        raise UsageError("half: 16-bit weights are for anomaly detection; export this classifier without them")
 
 
 def _fused(task: nn.Module) -> nn.Module:
@@ -184,23 +197,23 @@ def _partial_file(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def _export(network: nn.Module, shape: tuple[int, ...], metadata: Mapping[str, str], opset: int) -> Any:
-    example = torch.zeros(2, *shape, dtype=torch.uint8)
+def _export(network: nn.Module, graph: Graph, metadata: Mapping[str, str], opset: int) -> Any:
+    free = {dimension: torch.export.Dim(name, min=1) for dimension, name in graph.free.items()}
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 network,
-                (example,),
+                (graph.example(),),
                 dynamo=True,
-                dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+                dynamic_shapes={"images": free},
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=list(graph.outputs),
                 opset_version=opset,
                 verbose=False,
             )
         model = program.model_proto
     except Exception as error:  # the exporter, torch.export and the protobuf writer each have errors of their own
-        raise ExportError(f"the network cannot be exported to ONNX: {_short(error)}") from error
+        raise ExportError(f"the network cannot be exported to ONNX: {short(error)}") from error
     _forget_origins(model.graph)
     for function in model.functions:
         _forget_origins(function)
@@ -231,74 +244,6 @@ def _forget_origins(graph: Any) -> None:
     del graph.metadata_props[:]
 
 
-@dataclass(frozen=True)
-class _Check:
-    """Compares an exported graph with the network in torch, both on the CPU."""
-
-    network: nn.Module
-    shape: tuple[int, ...]
-    classes: int
-    tolerance: float
-
-    def __call__(self, content: bytes, batch_sizes: Sequence[int]) -> tuple[float, float]:
-        """Largest error, and largest error relative to the logits; raises ExportError where the two disagree."""
-        import onnx
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            onnx.checker.check_model(content, full_check=True)
-            session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # neither package gives its exceptions a base of its own
-            raise ExportError(f"onnxruntime cannot open the exported graph: {_short(error)}") from error
-        found = [self._compare(session, batch, seed) for seed, batch in enumerate(batch_sizes)]
-        return max(error for error, _ in found), max(relative for _, relative in found)
-
-    def _compare(self, session: Any, batch: int, seed: int) -> tuple[float, float]:
-        images = check_images(batch, self.shape, seed)
-        with torch.inference_mode():
-            expected = self.network(torch.from_numpy(images)).numpy()
-        if not np.isfinite(expected).all():
-            raise ExportError("the network itself gives NaN or infinite logits: its weights are damaged")
-        try:
-            (actual,) = session.run(None, {"images": images})
-        except Exception as error:
-            raise ExportError(f"the exported graph fails on a batch of {batch}: {_short(error)}") from error
-        if not expected.shape == actual.shape == (batch, self.classes):
-            raise ExportError(
-                f"a batch of {batch} gives {actual.shape} from the exported graph and {expected.shape} from torch, "
-                f"where {(batch, self.classes)} is expected"
-            )
-        difference = float(np.abs(actual - expected).max())
-        relative = difference / max(float(np.abs(expected).max()), 1.0)
-        if not relative <= self.tolerance:
-            raise ExportError(
-                f"onnxruntime and torch differ by {difference:.2e} on a batch of {batch}, which is {relative:.1e} of "
-                f"the largest logit and more than the {self.tolerance:.0e} allowed; no file was written"
-            )
-        return difference, relative
-
-
-def check_images(batch: int, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Images uint8 (batch, C, H, W): noise, black, white, a slope and a grid by turns, the same for the same seed."""
-    channels, height, width = shape
-    rows, columns = np.mgrid[:height, :width]
-    patterns = [
-        None,
-        (rows * 255 // max(height - 1, 1) + columns) % 256,
-        ((rows // 4 + columns // 4) % 2) * 255,
-        np.zeros((height, width)),
-        np.full((height, width), 255),
-    ]
-    images = np.random.default_rng(seed).integers(0, 256, (batch, *shape), dtype=np.uint8)
-    for index in range(batch):
-        pattern = patterns[(index + seed) % len(patterns)]
-        if pattern is not None:
-            images[index] = np.stack([np.roll(pattern, 3 * channel, axis=1) for channel in range(channels)])
-    return images
-
-
 def _write(partial: Path, content: bytes) -> None:
     try:
         with open(partial, "wb") as file:
@@ -324,11 +269,3 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _short(error: Exception) -> str:
-    """The innermost cause in one line: the exporter wraps it in pages of advice to its developers."""
-    while error.__cause__ is not None:
-        error = error.__cause__  # type: ignore[assignment]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -1,18 +1,20 @@
 """Runs a model that `zoo export` made: python predictor.py model.onnx IMAGES_OR_FOLDERS...
 
-One self-contained file: it needs numpy, pillow and onnxruntime, and neither zoo nor torch.
+One self-contained file, to be copied beside a model: it needs numpy, pillow and onnxruntime, and neither zoo nor
+torch. That is why it is longer than the other files of this project and imports nothing of them.
 """
 
 import argparse
 import contextlib
 import csv
 import difflib
+import itertools
 import json
 import math
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ FORMAT = 1  # of the metadata; a higher one in a file means that this program is
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 ORIENTATION = 0x0112  # the EXIF tag
 ROWS = 50  # a longer table is cut on the terminal when the CSV file holds all of it
+INNER = 1 << 19  # pixels at a time at a detector's own size: a bank's distances take a hundred times their memory
+PIXELS = 1 << 22  # at a time, of images or tiles of any size: what the model makes of more would not fit everywhere
 
 
 class PredictorError(ValueError):
@@ -41,11 +45,43 @@ class Prediction:
     top: tuple[tuple[str, float], ...]
 
 
-class ClassificationOutput:
-    """What the outputs of a classification model mean, and how they are shown."""
+class Classification:
+    """How a classification model is run on pictures, what its outputs mean, and how they are shown."""
 
     def __init__(self, metadata: dict[str, str]):
+        height, width = json.loads(metadata["zoo.img_size"])
+        self.img_size = (int(height), int(width))
         self.class_names: list[str] = json.loads(metadata["zoo.class_names"])
+        self.crop_pct = float(metadata["zoo.crop_pct"])
+        self.crop_mode = metadata["zoo.crop_mode"]
+        self.resample = Image.Resampling[metadata["zoo.interpolation"].upper()]
+        self.fill = tuple(json.loads(metadata["zoo.border_fill"]))
+
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """Pixels, uint8 (C, *img_size), of an upright image."""
+        # The same arithmetic and rounding as timm's evaluation transform, to the bit.
+        scaled = [math.floor(side / self.crop_pct) for side in self.img_size]
+        sides = (image.height, image.width)
+        if self.crop_mode == "squash":
+            size = scaled
+        elif self.crop_mode == "center" and scaled[0] == scaled[1]:
+            longer = int(scaled[0] * max(sides) / min(sides))
+            size = [scaled[0], longer] if image.height <= image.width else [longer, scaled[0]]
+        else:
+            choose = max if self.crop_mode == "border" else min
+            ratio = choose(side / target for side, target in zip(sides, scaled, strict=True))
+            size = [max(round(side / ratio), 1) for side in sides]
+        if size[0] * size[1] > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{image.width}x{image.height} is too long and thin to be resized")
+        if tuple(size) != sides:
+            image = image.resize((size[1], size[0]), self.resample)
+        image = centre(image, self.img_size, self.fill if self.crop_mode == "border" else None)
+        pixels = np.asarray(image, dtype=np.uint8)
+        return np.ascontiguousarray(np.moveaxis(pixels, 2, 0) if pixels.ndim == 3 else pixels[None])
+
+    def answers(self, batch: list[np.ndarray], run: Callable, top: int, batch_size: int) -> Iterator[Prediction]:
+        """One result per image of `fit`; `run` is the model."""
+        return iter(self.results(run(np.stack(batch)), top))
 
     def results(self, outputs: Sequence[np.ndarray], top: int) -> list[Prediction]:
         """Of logits (B, classes)."""
@@ -75,7 +111,188 @@ class ClassificationOutput:
         return f"{result.label:<{width}}  {result.probability:6.1%}" + (f"  ({others})" if others else "")
 
 
-TASKS = {"classification": ClassificationOutput}
+@dataclass(frozen=True)
+class Inspection:
+    """What an anomaly detector says about one image.
+
+    Attributes:
+        score: of the whole image; comparable with `threshold` alone.
+        label: "defect" where the score is above the threshold, else "good".
+        area: share of the image whose map is above the threshold of pixels, 0 to 1.
+        map: float32 (H, W), higher where the image is less like the good ones.
+        pixels: the image, uint8 (C, H, W).
+    """
+
+    score: float
+    label: str
+    area: float
+    map: np.ndarray
+    pixels: np.ndarray
+    threshold: float
+    pixel_threshold: float
+
+    def overlay(self) -> Image.Image:
+        """The image with its map in colours: none far below the threshold, yellow around it, red from twice it on;
+        what lies above it has a white outline.
+        """
+        photo = Image.fromarray(np.moveaxis(np.broadcast_to(self.pixels, (3, *self.map.shape)), 0, 2).copy())
+        scale = 127.5 / max(abs(self.pixel_threshold), 1e-12)
+        # One byte per pixel and tables from there on: a photo of 100 million pixels stays a few hundred megabytes.
+        level = np.clip(self.map * np.float32(scale), 0, 255).astype(np.uint8)
+        mixed = Image.composite(Image.fromarray(_COLOURS[level]), photo, Image.fromarray(_OPACITY[level]))
+        # A line of one pixel would not be seen in a large photo that is shown small.
+        edge = outline(self.map > self.pixel_threshold, max(1, min(self.map.shape) // 400))
+        mixed.paste((255, 255, 255), mask=Image.fromarray(edge))
+        return mixed
+
+
+def _colours() -> tuple[np.ndarray, np.ndarray]:
+    """Colour uint8 (256, 3) and opacity uint8 (256,) of a map's levels; the threshold is at 127.5."""
+    levels = np.arange(256)
+    stops, colours = (
+        (0, 64, 128, 192, 255),
+        ((20, 30, 140), (0, 150, 190), (250, 220, 40), (250, 110, 20), (200, 0, 20)),
+    )
+    mixed = np.stack([np.interp(levels, stops, channel) for channel in zip(*colours, strict=True)], axis=1)
+    return mixed.round().astype(np.uint8), np.interp(levels, (48, 128, 255), (0, 120, 170)).round().astype(np.uint8)
+
+
+_COLOURS, _OPACITY = _colours()
+
+
+def outline(inside: np.ndarray, width: int = 1) -> np.ndarray:
+    """Uint8 (H, W): 255 on the outermost `width` pixels of a bool (H, W) region, along the edge of the image too, but
+    nowhere when the region is all of it.
+    """
+    if inside.all():
+        return np.zeros(inside.shape, np.uint8)
+    core = inside
+    for _ in range(width):
+        framed = np.pad(core, 1)
+        core = core & framed[:-2, 1:-1] & framed[2:, 1:-1] & framed[1:-1, :-2] & framed[1:-1, 2:]
+    return (inside & ~core).astype(np.uint8) * 255
+
+
+class AnomalyDetection:
+    """How an anomaly detector is run on pictures of any size, what its outputs mean, and how they are shown."""
+
+    class_names = ("good", "defect")
+
+    def __init__(self, metadata: dict[str, str]):
+        height, width = json.loads(metadata["zoo.img_size"])
+        self.img_size = (int(height), int(width))
+        self.threshold = float(metadata["zoo.threshold"])
+        self.pixel_threshold = float(metadata["zoo.pixel_threshold"])
+        self.tile: int | None = None
+        self.overlap = 0
+        tile, overlap = json.loads(metadata["zoo.tile"]), json.loads(metadata["zoo.tile_overlap"])
+        if tile is not None:
+            self.use_tiles(int(tile), overlap)
+
+    def use_tiles(self, tile: int | None, overlap: int | None = None) -> None:
+        """Looks at overlapping square tiles from now on, and no longer at whole images.
+
+        The model sees each tile at its own input size, so its threshold holds for tiles of the size it was trained on.
+
+        Args:
+            tile: side in pixels.
+            overlap: pixels that neighbours share at least; a quarter of the tile when absent.
+
+        Raises:
+            PredictorError: no such tiling.
+        """
+        if tile is None or tile < 2:
+            raise PredictorError(f"a tile of {tile} pixels: tiles have at least 2 (--tile N)")
+        overlap = tile // 4 if overlap is None else int(overlap)
+        if not 0 <= overlap <= tile // 2:
+            raise PredictorError(f"an overlap of {overlap} pixels: tiles of {tile} share 0 to {tile // 2}")
+        self.tile, self.overlap = tile, overlap
+
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """Pixels, uint8 (C, H, W), of an upright image at its own size."""
+        pixels = np.asarray(image, dtype=np.uint8)
+        return np.ascontiguousarray(np.moveaxis(pixels, 2, 0) if pixels.ndim == 3 else pixels[None])
+
+    def answers(self, batch: list[np.ndarray], run: Callable, top: int, batch_size: int) -> Iterator[Inspection]:
+        """One result per image of `fit`, in order; images of one size in a row go through the model together."""
+        if self.tile is not None:
+            for image in batch:
+                yield self._inspection(image, *self._tiled(image, run, batch_size))
+            return
+        while batch:
+            same = _of_one_shape(batch[: self._at_once(batch_size, batch[0][0].size)])
+            batch = batch[len(same) :]
+            scores, maps = run(np.stack(same))
+            for image, score, anomaly_map in zip(same, scores, maps, strict=True):
+                yield self._inspection(image, float(score), anomaly_map[0])
+
+    def _at_once(self, batch_size: int, pixels: int) -> int:
+        return max(1, min(batch_size, PIXELS // pixels, INNER // math.prod(self.img_size)))
+
+    def _inspection(self, image: np.ndarray, score: float, anomaly_map: np.ndarray) -> Inspection:
+        area = float((anomaly_map > self.pixel_threshold).mean())
+        label = "defect" if score > self.threshold else "good"
+        return Inspection(score, label, area, anomaly_map, image, self.threshold, self.pixel_threshold)
+
+    def _tiled(self, image: np.ndarray, run: Callable, batch_size: int) -> tuple[float, np.ndarray]:
+        """The largest score of any tile, and the tiles' maps, blended where they overlap."""
+        tile = self.tile or 0
+        height, width = image.shape[1:]
+        # An image smaller than a tile is continued by its edge, so that its texture keeps the scale the model knows.
+        grown = ((0, 0), (0, max(tile - height, 0)), (0, max(tile - width, 0)))
+        image = np.pad(image, grown, mode="edge") if max(grown[1][1], grown[2][1]) else image
+        places = [
+            (top, left)
+            for top in tile_starts(image.shape[1], tile, self.overlap)
+            for left in tile_starts(image.shape[2], tile, self.overlap)
+        ]
+        ramp = tile_ramp(tile, self.overlap)
+        window = ramp[:, None] * ramp
+        total, weight = np.zeros(image.shape[1:], np.float32), np.zeros(image.shape[1:], np.float32)
+        best = -math.inf
+        step = self._at_once(batch_size, tile**2)
+        for first in range(0, len(places), step):
+            some = places[first : first + step]
+            scores, maps = run(np.stack([image[:, y : y + tile, x : x + tile] for y, x in some]))
+            best = max(best, float(scores.max()))
+            for (y, x), anomaly_map in zip(some, maps, strict=True):
+                total[y : y + tile, x : x + tile] += window * anomaly_map[0]
+                weight[y : y + tile, x : x + tile] += window
+        total /= weight
+        return best, total[:height, :width]
+
+    def columns(self) -> list[str]:
+        """Of the CSV file, after the path."""
+        return ["score", "label", "area"]
+
+    def cells(self, result: Inspection) -> list[str]:
+        """The values under `columns`."""
+        return [f"{result.score:.6g}", result.label, f"{result.area:.6f}"]
+
+    def text(self, result: Inspection) -> str:
+        """The line of one image on the terminal."""
+        return f"{result.label:<6}  score {result.score:<10.5g}  {result.area:6.2%} of the area"
+
+
+def _of_one_shape(images: list[np.ndarray]) -> list[np.ndarray]:
+    return list(itertools.takewhile(lambda image: image.shape == images[0].shape, images))
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """First pixels of tiles that cover a length, evenly spread; neighbours share `overlap` pixels or more."""
+    if length <= tile:
+        return [0]
+    count = math.ceil((length - overlap) / (tile - overlap))
+    return [round(index * (length - tile) / (count - 1)) for index in range(count)]
+
+
+def tile_ramp(tile: int, overlap: int) -> np.ndarray:
+    """Weight float32 (tile,) of a tile's pixels: 1 in the middle, falling over the overlap towards both ends."""
+    to_the_end = np.minimum(np.arange(tile) + 0.5, tile - np.arange(tile) - 0.5)
+    return np.minimum(to_the_end / max(overlap, 1), 1.0).astype(np.float32)
+
+
+TASKS: dict[str, type] = {"classification": Classification, "anomaly_detection": AnomalyDetection}
 
 
 class Predictor:
@@ -101,13 +318,11 @@ class Predictor:
             if self.task not in TASKS:
                 raise PredictorError(f"{model_path} is for the task {self.task!r}; known here: {', '.join(TASKS)}")
             self.output = TASKS[self.task](self.metadata)
-            height, width = json.loads(self.metadata["zoo.img_size"])
-            self.img_size = (int(height), int(width))
+            self.img_size: tuple[int, int] = self.output.img_size
+            if isinstance(self.output, Classification):
+                self.crop_pct, self.crop_mode = self.output.crop_pct, self.output.crop_mode
+                self.resample = self.output.resample
             self.in_chans = int(self.metadata["zoo.in_chans"])
-            self.crop_pct = float(self.metadata["zoo.crop_pct"])
-            self.crop_mode = self.metadata["zoo.crop_mode"]
-            self.resample = Image.Resampling[self.metadata["zoo.interpolation"].upper()]
-            self.fill = tuple(json.loads(self.metadata["zoo.border_fill"]))
         except PredictorError:
             raise
         except (KeyError, TypeError, ValueError) as error:
@@ -119,7 +334,7 @@ class Predictor:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, in the order of the logits."""
+        """Names of the classes, in the order of the logits; good and defect of an anomaly detector."""
         return list(self.output.class_names)
 
     def _open(self, path: Path, providers: Sequence[str] | None) -> tuple[dict[str, str], Callable]:
@@ -147,7 +362,7 @@ class Predictor:
         return session.get_modelmeta().custom_metadata_map, lambda batch: session.run(None, {name: batch})
 
     def preprocess(self, image: Any) -> np.ndarray:
-        """Pixels, uint8 (C, H, W), as the model's validation saw them.
+        """Pixels, uint8 (C, H, W), as the model's validation saw them; of an anomaly detector the image's own.
 
         Args:
             image: a path, a PIL image, or an array uint8 (H, W) or (H, W, 1, 3 or 4).
@@ -155,30 +370,9 @@ class Predictor:
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
         if isinstance(image, Image.Image):
-            return self._fit(upright(image, self.in_chans))
+            return self.output.fit(upright(image, self.in_chans))
         with Image.open(image) as opened:
-            return self._fit(upright(opened, self.in_chans))
-
-    def _fit(self, image: Image.Image) -> np.ndarray:
-        # The same arithmetic and rounding as timm's evaluation transform, to the bit.
-        scaled = [math.floor(side / self.crop_pct) for side in self.img_size]
-        sides = (image.height, image.width)
-        if self.crop_mode == "squash":
-            size = scaled
-        elif self.crop_mode == "center" and scaled[0] == scaled[1]:
-            longer = int(scaled[0] * max(sides) / min(sides))
-            size = [scaled[0], longer] if image.height <= image.width else [longer, scaled[0]]
-        else:
-            choose = max if self.crop_mode == "border" else min
-            ratio = choose(side / target for side, target in zip(sides, scaled, strict=True))
-            size = [max(round(side / ratio), 1) for side in sides]
-        if size[0] * size[1] > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise ValueError(f"{image.width}x{image.height} is too long and thin to be resized")
-        if tuple(size) != sides:
-            image = image.resize((size[1], size[0]), self.resample)
-        image = centre(image, self.img_size, self.fill if self.crop_mode == "border" else None)
-        pixels = np.asarray(image, dtype=np.uint8)
-        return np.ascontiguousarray(np.moveaxis(pixels, 2, 0) if pixels.ndim == 3 else pixels[None])
+            return self.output.fit(upright(opened, self.in_chans))
 
     def run(self, batch: np.ndarray) -> list[np.ndarray]:
         """The model's raw outputs of preprocessed pixels, uint8 (B, C, H, W)."""
@@ -187,8 +381,8 @@ class Predictor:
         except Exception as error:  # onnxruntime's own exceptions share no base
             raise RuntimeError(f"the model failed on a batch of shape {batch.shape}: {error}") from error
 
-    def predict(self, images: Any, top: int = 5, batch_size: int = 32) -> list[Prediction]:
-        """One result per image, in order.
+    def predict(self, images: Any, top: int = 5, batch_size: int = 32) -> list[Any]:
+        """One result per image, in order: a Prediction with the `top` classes, or an Inspection.
 
         Args:
             images: one image, or a sequence of them, each as `preprocess` takes it.
@@ -208,23 +402,30 @@ class Predictor:
     def stream(self, images: Iterable[Any], top: int = 5, batch_size: int = 32) -> Iterator[tuple[Any, Any]]:
         """Pairs (image, result) in order; an image that cannot be read has the exception as its result.
 
-        Threads decode ahead of the model, a few batches at most, so memory stays small however many images there are.
+        Threads decode ahead of the model, a few batches at most and fewer of large images, so memory stays small
+        however many images there are.
         """
         for group in _groups(self._decoded(images, 2 * batch_size), batch_size):
             batch = [pixels for _, pixels in group if not isinstance(pixels, Exception)]
-            results = iter(self.output.results(self.run(np.stack(batch)), top) if batch else ())
+            results = self.output.answers(batch, self.run, top, batch_size) if batch else iter(())
             for image, pixels in group:
                 yield image, pixels if isinstance(pixels, Exception) else next(results)
 
-    def _decoded(self, images: Iterable[Any], ahead: int) -> Iterator[tuple[Any, Any]]:
-        pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
+    def _decoded(self, images: Iterable[Any], most: int) -> Iterator[tuple[Any, Any]]:
+        workers = min(os.cpu_count() or 1, 16)
+        pool = ThreadPoolExecutor(workers)
         waiting: deque = deque()
+        ahead = min(workers, most)  # until the first images say how large they are
         try:
             for image in images:
                 waiting.append((image, pool.submit(self._attempt, image)))
-                if len(waiting) > ahead:
+                while len(waiting) > ahead:
                     first, future = waiting.popleft()
-                    yield first, future.result()
+                    pixels = future.result()
+                    if not isinstance(pixels, Exception):
+                        ahead = max(1, min(most, 2 * PIXELS // max(pixels[0].size, 1)))
+                    yield first, pixels
+                    del pixels
             while waiting:
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -243,6 +444,8 @@ class Predictor:
         Raises:
             PredictorError: a folder is named like none of the classes, or no image can be read.
         """
+        if self.task != "classification":
+            raise PredictorError(f"a model of the task {self.task!r} has no classes to count the accuracy of")
         counted = Accuracy()
         images = labelled(find_images([folder]), self.class_names)
         for path, result in self.stream(images, 5, batch_size):
@@ -356,13 +559,15 @@ def reason_of(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    group = []
+def _groups(items: Iterable[tuple[Any, Any]], size: int) -> Iterator[list[Any]]:
+    """Of up to `size` pairs (image, pixels or exception), fewer where the images are large."""
+    group, pixels = [], 0
     for item in items:
         group.append(item)
-        if len(group) == size:
+        pixels += 0 if isinstance(item[1], Exception) else item[1][0].size
+        if len(group) == size or pixels >= PIXELS:
             yield group
-            group = []
+            group, pixels = [], 0
     if group:
         yield group
 
@@ -371,7 +576,7 @@ class Progress:
     """Says on stderr how far a long run has come: in place on a terminal, elsewhere one line every half minute."""
 
     def __init__(self, total: int):
-        self.total, self.done, self.start = total, 0, time.monotonic()
+        self.total, self.done, self.skipped, self.start = total, 0, 0, time.monotonic()
         self.live = sys.stderr.isatty()
         self.next = self.start + (0.5 if self.live else 30.0)
 
@@ -387,9 +592,9 @@ class Progress:
         """A line of its own on stderr, clear of the progress line."""
         print(f"\r\033[K{text}" if self.live else text, file=sys.stderr)
 
-    def end(self, skipped: int) -> None:
+    def end(self) -> None:
         rate = self.done / max(time.monotonic() - self.start, 1e-9)
-        lost = f", {skipped} skipped because they could not be read" if skipped else ""
+        lost = f", {self.skipped} skipped because they could not be read" if self.skipped else ""
         self.say(f"{self.done:,} images, {rate:,.0f} images/s{lost}")
 
 
@@ -419,39 +624,120 @@ def _table(folder: str | None, header: list[str]) -> Iterator[Callable[[list[str
         raise
 
 
-def _command(arguments: argparse.Namespace, predictor: Predictor) -> None:
+def _results(
+    arguments: argparse.Namespace, predictor: Predictor, paths: Sequence[Path], progress: Progress, top: int
+) -> Iterator[tuple[Path, Any]]:
+    """Pairs (path, result) of the images that can be read; says which cannot.
+
+    Raises:
+        PredictorError: none can.
+    """
+    for path, result in predictor.stream(paths, top, arguments.batch):
+        progress.step()
+        if isinstance(result, Exception):
+            progress.skipped += 1
+            progress.say(f"skipped {path}: {reason_of(result)}")
+        yield path, result
+    if progress.skipped == len(paths):
+        raise PredictorError(f"none of the {len(paths)} images can be read")
+
+
+def _refuse(arguments: argparse.Namespace, names: Iterable[str], kind: str) -> None:
+    given = [f"--{name}" for name in names if getattr(arguments, name)]
+    if given:
+        raise PredictorError(f"{' and '.join(given)}: only for models of {kind}, which {arguments.model} is not")
+
+
+def _classify(arguments: argparse.Namespace, predictor: Predictor) -> None:
+    _refuse(arguments, ("tile", "overlap"), "defects")
+    top = arguments.top or 5
     paths = find_images(arguments.images)
     targets = labelled(paths, predictor.class_names) if arguments.labels else {}
-    counted, progress, skipped = Accuracy(), Progress(len(paths)), 0
+    counted, progress = Accuracy(), Progress(len(paths))
     width = min(max(len(str(path)) for path in paths), 60)
     rows = 0 if arguments.labels else ROWS if arguments.out else len(paths)
-    header = ["path", *predictor.output.columns(arguments.top), *(["target"] if targets else [])]
+    header = ["path", *predictor.output.columns(top), *(["target"] if targets else [])]
     with _table(arguments.out, header) as write:
-        for number, (path, result) in enumerate(
-            predictor.stream(paths, max(arguments.top, 5 if targets else 1), arguments.batch)
-        ):
-            progress.step()
+        results = _results(arguments, predictor, paths, progress, max(top, 5 if targets else 1))
+        for number, (path, result) in enumerate(results):
             if targets:
                 counted.add(targets[path], result)
             if isinstance(result, Exception):
-                skipped += 1
-                progress.say(f"skipped {path}: {reason_of(result)}")
                 continue
             cells = predictor.output.cells(result)[: len(header) - 1 - bool(targets)]
             write([str(path), *cells, *([targets[path]] if targets else [])])
             if number < rows:
                 print(f"{path!s:<{width}}  {predictor.output.text(result)}", flush=True)
-        if skipped == len(paths):
-            raise PredictorError(f"none of the {len(paths)} images can be read")
     if 0 < rows < len(paths):
         print(f"... and {len(paths) - rows:,} more")
-    progress.end(skipped)
+    progress.end()
     if targets:
         print(f"top-1 {counted.top1:.2%}  ({counted.first} of {counted.images})")
         if len(predictor.class_names) > 5:
             print(f"top-5 {counted.top5:.2%}  ({counted.among_five} of {counted.images})")
     if arguments.out:
         print(f"written: {Path(arguments.out) / 'predictions.csv'}")
+
+
+def _inspect(arguments: argparse.Namespace, predictor: Predictor) -> None:
+    _refuse(arguments, ("top", "labels"), "classes")
+    if arguments.tile or arguments.overlap:
+        predictor.output.use_tiles(arguments.tile or predictor.output.tile, arguments.overlap)
+    paths = find_images(arguments.images)
+    progress, labels = Progress(len(paths)), Counter[str]()
+    width = min(max(len(str(path)) for path in paths), 60)
+    rows = ROWS if arguments.out else len(paths)
+    folder = Path(arguments.out) / "heatmaps" if arguments.out else None
+    pictures = picture_names(paths)
+    with _table(arguments.out, ["path", *predictor.output.columns()]) as write:
+        for number, (path, result) in enumerate(_results(arguments, predictor, paths, progress, 1)):
+            if isinstance(result, Exception):
+                continue
+            labels[result.label] += 1
+            if folder is not None:
+                _save(result.overlay(), folder / pictures[path])
+            write([str(path), *predictor.output.cells(result)])
+            if number < rows:
+                print(f"{path!s:<{width}}  {predictor.output.text(result)}", flush=True)
+    if 0 < rows < len(paths):
+        print(f"... and {len(paths) - rows:,} more")
+    progress.end()
+    print(f"{labels['defect']:,} defect, {labels['good']:,} good; the threshold is {predictor.output.threshold:.6g}")
+    if folder is not None:
+        print(f"written: {Path(arguments.out) / 'predictions.csv'} and {sum(labels.values()):,} heat maps in {folder}")
+
+
+def picture_names(paths: Sequence[Path]) -> dict[Path, Path]:
+    """A name of its own, ending in .png, for the heat map of each image, in the images' own subfolders."""
+    parents = [str(path.absolute().parent) for path in paths]
+    try:
+        base = Path(os.path.commonpath(parents))
+    except ValueError:  # images on different drives
+        base = Path()
+    found: dict[Path, Path] = {}
+    taken: set[Path] = set()
+    for path, parent in zip(paths, parents, strict=True):
+        inside = Path(os.path.relpath(parent, base)) if base.parts else Path()
+        name = inside / f"{path.stem}.png"
+        count = 2
+        while name in taken:
+            name = inside / f"{path.name}.png" if count == 2 else inside / f"{path.name}.{count}.png"
+            count += 1
+        taken.add(name)
+        found[path] = name
+    return found
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(partial, format="PNG", compress_level=3)  # a little larger than at 6, in half the time
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def _positive(text: str) -> int:
@@ -469,13 +755,20 @@ def main(
     parser = argparse.ArgumentParser(prog, description="Runs a model that `zoo export` made on images.")
     parser.add_argument("model", help="the exported model")
     parser.add_argument("images", nargs="+", help="image files, and folders that are searched for images")
-    parser.add_argument("--out", metavar="DIR", help="write predictions.csv into this folder")
-    parser.add_argument("--top", type=_positive, default=5, metavar="K", help="classes per image (default 5)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="write predictions.csv, and heat maps of defects, into this folder"
+    )
     parser.add_argument("--batch", type=_positive, default=32, metavar="N", help="images at a time (default 32)")
-    parser.add_argument("--labels", action="store_true", help="images lie in one folder per class: print the accuracy")
+    classes = parser.add_argument_group("models of classes")
+    classes.add_argument("--top", type=_positive, metavar="K", help="classes per image (default 5)")
+    classes.add_argument("--labels", action="store_true", help="images lie in one folder per class: print the accuracy")
+    defects = parser.add_argument_group("models of defects")
+    defects.add_argument("--tile", type=_positive, metavar="N", help="look at tiles of N pixels, not at whole images")
+    defects.add_argument("--overlap", type=_positive, metavar="N", help="pixels that tiles share (default a quarter)")
     try:
         arguments = parser.parse_args(argv)
-        _command(arguments, open_model(arguments.model))
+        predictor = open_model(arguments.model)
+        (_classify if predictor.task == "classification" else _inspect)(arguments, predictor)
     except SystemExit as end:  # argparse has said what is wrong, or printed its help
         return int(end.code or 0)
     except PredictorError as error:

@@ -8,8 +8,9 @@ except ImportError as error:
 
     raise missing_extra("train", error.name or "lightning") from error
 
+from zoo.tasks.anomaly import AnomalyDetection
 from zoo.tasks.checkpoint import AtomicCheckpointIO, load_task
 from zoo.tasks.classification import Classification
 from zoo.tasks.finite import NonFiniteLossError
 
-__all__ = ["AtomicCheckpointIO", "Classification", "NonFiniteLossError", "load_task"]
+__all__ = ["AnomalyDetection", "AtomicCheckpointIO", "Classification", "NonFiniteLossError", "load_task"]

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def load_task(path: str | Path) -> tuple[LightningModule, dict[str, Any]]:
         UsageError: no such file, damaged, holding code, no checkpoint of a run, or of another architecture than it
             says itself.
     """
-    from zoo.tasks.classification import Classification
+    import zoo.tasks
 
     checkpoint = read_file(path)
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= set(checkpoint):
@@ -67,14 +67,21 @@ def load_task(path: str | Path) -> tuple[LightningModule, dict[str, Any]]:
             f"{path} is no checkpoint of a run (it has no hyperparameters). "
             "Weights alone are given as --model.pretrained FILE."
         )
-    hparams = dict(checkpoint["hyper_parameters"])
-    if not {"backbone", "class_names"} <= set(hparams):
-        raise UsageError(f"{path} is a checkpoint of another program: it names no backbone and no classes")
+    kind = task_kind(checkpoint)
+    hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
+    missing = {"Classification": {"backbone", "class_names"}, "AnomalyDetection": {"backbone", "method"}}[kind]
+    if not missing <= set(hparams):
+        raise UsageError(f"{path} is a checkpoint of another program: it names no backbone and no classes or method")
     # All weights come from the checkpoint itself: the file that training started from may be gone.
-    task = Classification(**(hparams | {"pretrained": False}))
+    task = getattr(zoo.tasks, kind)(**(hparams | {"pretrained": False}))
     try:
         task.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:400]
         raise UsageError(f"the weights in {path} do not fit backbone {hparams['backbone']!r}: {detail}") from error
     return task.eval(), dict(checkpoint.get("datamodule_hyper_parameters") or {})
+
+
+def task_kind(checkpoint: Mapping[str, Any]) -> str:
+    """Name of the class in zoo.tasks that a checkpoint belongs to: only a detector of anomalies has a method."""
+    return "AnomalyDetection" if "method" in checkpoint["hyper_parameters"] else "Classification"

@@ -2,27 +2,33 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from timm.optim import create_optimizer_v2, list_optimizers
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from zoo.errors import UsageError, unknown
+from zoo.errors import UsageError
 from zoo.tasks.backbone import create_backbone, head_parameters, own_size
-from zoo.tasks.finite import FiniteLossGuard
+from zoo.tasks.base import Task, check_same, check_training_values, pair
+from zoo.tasks.callbacks import RunReport
 from zoo.tasks.plain import plain
-from zoo.tasks.schedule import Schedule, check_scheduler_name
-from zoo.tasks.seeds import seed_step
 from zoo.tasks.speed import TrainingGraph, compile_in_place
-from zoo.tasks.threads import share_cores
+
+_SAME = {
+    "backbone": "backbone",
+    "backbone_options": "backbone options",
+    "attn": "attention",
+    "attn_options": "attention options",
+    "in_chans": "number of channels",
+}
 
 
-class Classification(LightningModule):
+class Classification(Task):
     """Trains a backbone to name one class per image.
 
     Batches are (images, targets): images float (B, C, H, W) in [0, 1] or uint8, not normalised; targets int64 (B,) or,
@@ -49,9 +55,8 @@ class Classification(LightningModule):
         UsageError: a name, an option, the image size or the weights do not fit.
     """
 
+    monitor = "val/top1"
     backbone: nn.Module
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -83,7 +88,7 @@ class Classification(LightningModule):
         super().__init__()
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         _check_values(arguments)
-        size = _pair(img_size) if img_size is not None else own_size(backbone)
+        size = pair(img_size) if img_size is not None else own_size(backbone)
         self.backbone = create_backbone(
             backbone,
             num_classes=len(class_names),
@@ -95,21 +100,42 @@ class Classification(LightningModule):
             pretrained=pretrained,
         )
         config: Any = self.backbone.pretrained_cfg
-        means = _per_channel("mean", config["mean"] if mean is None else mean, in_chans)
-        stds = _per_channel("std", config["std"] if std is None else std, in_chans)
-        self.register_buffer("mean", torch.tensor(means).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(stds).view(-1, 1, 1), persistent=False)
+        arguments |= self._keep_statistics(
+            config["mean"] if mean is None else mean, config["std"] if std is None else std, in_chans
+        )
         # The resolved values, so that a checkpoint needs neither the data nor a later version's defaults.
-        arguments |= {"img_size": list(size), "mean": means, "std": stds, "class_names": list(class_names)}
+        arguments |= {"img_size": list(size), "class_names": list(class_names)}
         self.save_hyperparameters(plain(arguments), logger=False)
         metrics = _metrics(len(class_names))
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
         self.val_per_class, self.test_per_class = (_per_class_accuracy(len(class_names)) for _ in range(2))
-        self._guard = FiniteLossGuard()
-        self._schedule: Schedule | None = None
         self._graph: TrainingGraph | None = None
         self._frozen = False
+
+    @property
+    def trained(self) -> nn.Module:
+        """The backbone, all of it."""
+        return self.backbone
+
+    def reports(self) -> list[Callback]:
+        return [RunReport()]
+
+    def headline(self, metrics: Mapping[str, float], stage: str, best: float | None = None) -> list[tuple[str, str]]:
+        top1, top5 = metrics.get(f"{stage}/top1"), metrics.get(f"{stage}/top5")
+        if top1 is None or top5 is None:
+            return []
+        where = {"val": "validation", "test": "test"}[stage]
+        if best is not None:
+            return [("accuracy", f"best {best:.2%}, last {top1:.2%} (top-1 on the {where} images)")]
+        return [("accuracy", f"top-1 {top1:.2%}, top-5 {top5:.2%} on the {where} images")]
+
+    def left(self, folder: Path, stage: str) -> list[tuple[str, str]]:
+        if stage == "test":
+            return [("pictures", f"{folder / 'pictures'}: test_confusion_matrix.png, test_worst_mistakes.png")]
+        if (folder / "pictures" / "worst_mistakes.png").is_file():
+            return [("pictures", f"{folder / 'pictures'}: confusion matrix, worst mistakes")]
+        return []
 
     @property
     def class_names(self) -> list[str]:
@@ -119,13 +145,6 @@ class Classification(LightningModule):
     def inference(self, images: Tensor) -> Tensor:
         """Logits, float32 (B, classes), of images (B, C, H, W): uint8, or float in [0, 1]."""
         return self.backbone(self._normalise(images)).float()
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        images = images.to(self.mean.dtype) / 255 if images.dtype == torch.uint8 else images
-        if images.is_cuda:
-            # cuDNN's depthwise convolutions take a quarter of the time in this layout.
-            images = images.contiguous(memory_format=torch.channels_last)
-        return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
         """Same as `inference`."""
@@ -137,9 +156,7 @@ class Classification(LightningModule):
         return {"task": "classification"} | {k: self.hparams[k] for k in (*names, "mean", "std")}
 
     def setup(self, stage: str) -> None:
-        if self.trainer.strategy.root_device.type == "cpu":
-            data = getattr(self.trainer, "datamodule", None)
-            share_cores(int(getattr(data, "hparams", {}).get("num_workers") or 0))
+        super().setup(stage)
         if self.trainer.strategy.root_device.type == "cuda":
             self.backbone.to(memory_format=torch.channels_last)
         if stage == "fit" and self.hparams["cuda_graph"]:
@@ -148,41 +165,18 @@ class Classification(LightningModule):
             compile_in_place(self.backbone)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        hparams = self.hparams
         # Frozen parameters belong to the groups from the start, so that the optimizer's state has one layout for the
         # whole run; while frozen they have no gradient and every optimizer passes over them.
         self._set_frozen(False)
-        try:
-            return create_optimizer_v2(
-                self.backbone,
-                opt=hparams["optimizer"],
-                lr=hparams["lr"],
-                weight_decay=hparams["weight_decay"],
-                layer_decay=hparams["layer_decay"],
-                **(hparams["optimizer_options"] or {}),
-            )
-        except (TypeError, ValueError, RuntimeError) as error:
-            options = hparams["optimizer_options"]
-            raise UsageError(f"optimizer {hparams['optimizer']!r} cannot be made with {options}: {error}") from error
+        return self._make_optimizer(self.backbone, layer_decay=self.hparams["layer_decay"])
 
     def on_train_start(self) -> None:
-        hparams = self.hparams
-        options = {k: hparams[k] for k in ("warmup_epochs", "warmup_lr", "min_lr")} | (
-            hparams["scheduler_options"] or {}
-        )
-        optimizer = self.trainer.optimizers[0]
-        self._schedule = Schedule(optimizer, hparams["scheduler"], self.trainer, options)
-        self._guard = FiniteLossGuard()
+        super().on_train_start()
         # A run resumed in the middle of an epoch has no on_train_epoch_start for it.
-        self._set_frozen(self.current_epoch < hparams["freeze_epochs"])
+        self._set_frozen(self.current_epoch < self.hparams["freeze_epochs"])
 
     def on_train_epoch_start(self) -> None:
         self._set_frozen(self.current_epoch < self.hparams["freeze_epochs"])
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        seed_step(self.current_epoch, batch_idx, self.global_rank)
-        assert self._schedule is not None
-        self._schedule.update(self.global_step)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = batch
@@ -191,44 +185,14 @@ class Classification(LightningModule):
         logits = self.inference(images)
         loss = F.cross_entropy(logits, targets, label_smoothing=self.hparams["label_smoothing"])
         self._guard.check(loss, self.global_step)
-        # `log` costs as much as a small kernel: call it only where the loggers will look.
-        if (self.global_step + 1) % self._log_every() == 0:
-            self.log("train/loss", loss.detach(), prog_bar=True)
-            self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        self._log_step(loss)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # A run that ends between two validations, by its clock or by its last epoch, still ends with one.
-        if 0 < self.trainer.max_steps <= self.global_step:
-            # Lightning ends such a run without a validation, unless it is told to stop.
-            self.trainer.should_stop = True
-        ends = self.trainer.should_stop or self.current_epoch + 1 == self.trainer.max_epochs
-        if ends and self.trainer.check_val_every_n_epoch is not None:
-            self.trainer.check_val_every_n_epoch = 1
-
     def on_train_end(self) -> None:
-        self._guard.assert_finite(self.backbone, self.global_step)
-        self._schedule = None
+        super().on_train_end()
         if self._graph is not None:
             self._graph.release()
             self._graph = None
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        fused = any(group.get("fused") for group in optimizer.param_groups)
-        if fused and gradient_clip_val and self.trainer.precision != "16-mixed":
-            # Lightning refuses to clip for fused optimizers, which only a loss scaler makes wrong.
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            if gradient_clip_algorithm == "value":
-                torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-            else:
-                torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self._evaluate(batch, "val", self.val_metrics, self.val_per_class)
@@ -239,10 +203,6 @@ class Classification(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         return self.inference(images).softmax(-1)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.training or self.trainer.validating:
-            self._guard.assert_finite(self.backbone, self.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("hyper_parameters") or {}
@@ -284,10 +244,6 @@ class Classification(LightningModule):
             if excluded:
                 raise UsageError(f"cuda_graph does not go with --{option}; leave one of them out")
 
-    def _log_every(self) -> int:
-        # An attribute that Lightning sets outside the Trainer's own code, unseen by type checkers.
-        return getattr(self.trainer, "log_every_n_steps", 50)
-
     def _set_frozen(self, frozen: bool) -> None:
         if frozen == self._frozen:
             return
@@ -309,15 +265,7 @@ class Classification(LightningModule):
 
 def check_same_network(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raises UsageError where a checkpoint's hyperparameters describe another network than the one at hand."""
-    for key, what in (
-        ("backbone", "backbone"),
-        ("backbone_options", "backbone options"),
-        ("attn", "attention"),
-        ("attn_options", "attention options"),
-        ("in_chans", "number of channels"),
-    ):
-        if key in saved and (saved[key] or None) != (given[key] or None):
-            raise UsageError(f"the checkpoint's {what} is {saved[key]!r}, but the run asks for {given[key]!r}")
+    check_same(saved, given, _SAME)
     theirs, ours = list(saved.get("class_names", given["class_names"])), list(given["class_names"])
     if len(theirs) != len(ours):
         raise UsageError(f"the checkpoint knows {len(theirs)} classes, but the data has {len(ours)}")
@@ -351,30 +299,8 @@ def _check_values(given: Mapping[str, Any]) -> None:
         raise UsageError("class_names is empty: give the names of the classes, or data that names them")
     if len(set(given["class_names"])) != len(given["class_names"]):
         raise UsageError("class_names holds a name twice")
-    optimizers = [str(name) for name in list_optimizers()]
-    if given["optimizer"] not in optimizers:
-        raise unknown("optimizer", given["optimizer"], optimizers)
-    check_scheduler_name(given["scheduler"])
+    check_training_values(given)
     if not 0 <= given["label_smoothing"] < 1:
         raise UsageError(f"label_smoothing={given['label_smoothing']}: it lies in [0, 1)")
     if given["layer_decay"] is not None and not 0 < given["layer_decay"] <= 1:
         raise UsageError(f"layer_decay={given['layer_decay']}: it lies in (0, 1]")
-    for key in ("lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "freeze_epochs"):
-        if given[key] < 0:
-            raise UsageError(f"{key}={given[key]}: it cannot be negative")
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise UsageError(f"img_size={size}: give a positive side, or (height, width)")
-    return int(height), int(width)
-
-
-def _per_channel(what: str, values: Sequence[float], channels: int) -> list[float]:
-    values = [float(v) for v in values]
-    if len(values) == 3 and channels == 1:
-        return [sum(values) / 3]
-    if len(values) != channels:
-        raise UsageError(f"{what} has {len(values)} values, but images have in_chans={channels}: give one per channel")
-    return values

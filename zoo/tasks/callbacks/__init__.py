@@ -3,5 +3,6 @@
 from zoo.tasks.callbacks.last import LastCheckpoint
 from zoo.tasks.callbacks.progress import ProgressBar
 from zoo.tasks.callbacks.report import RunReport
+from zoo.tasks.callbacks.run_record import RunRecord
 
-__all__ = ["LastCheckpoint", "ProgressBar", "RunReport"]
+__all__ = ["LastCheckpoint", "ProgressBar", "RunRecord", "RunReport"]

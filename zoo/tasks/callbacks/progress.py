@@ -7,10 +7,15 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
+from rich.progress import TaskID
+
+from zoo.tasks.batches import images_in
 
 # Redraws per second, and seconds between looks at the metrics: each look makes the host wait for the GPU.
 _REDRAW = 4
 _LOOK_SECONDS = 0.5
+# Seconds between two lines about something long, where no bar can be drawn.
+_SAY_SECONDS = 10.0
 
 
 class ProgressBar(RichProgressBar):
@@ -23,6 +28,8 @@ class ProgressBar(RichProgressBar):
         self._images = 0
         self._since = self._looked = 0.0
         self._rate = 0.0
+        self._said = 0.0
+        self._extra: TaskID | None = None
 
     @property
     def is_enabled(self) -> bool:
@@ -39,7 +46,7 @@ class ProgressBar(RichProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._images += len(batch[0]) * trainer.world_size
+        self._images += images_in(batch) * trainer.world_size
         now = time.monotonic()
         if now - self._looked >= _LOOK_SECONDS:
             self._looked, self._rate = now, self._images / max(now - self._since, 1e-9)
@@ -66,6 +73,21 @@ class ProgressBar(RichProgressBar):
         if self._rate:
             items["images/s"] = f"{self._rate:,.0f}"
         return items
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Progress of something that is no epoch, such as the choice of a memory bank, between two batches."""
+        if self.is_enabled and self.progress is not None:
+            if self._extra is None:
+                self._extra = self._add_task(total, what)
+            self._update(self._extra, done, visible=done < total)
+            if done >= total:
+                self.progress.remove_task(self._extra)
+                self._extra = None
+        elif self._enabled and not self._live:
+            now = time.monotonic()
+            if done >= total or now - self._said >= _SAY_SECONDS:
+                self._said = now
+                print(f"{what} {done:,} of {total:,}", file=sys.stderr)
 
     def _get_train_description(self, current_epoch: int) -> str:
         last = self.trainer.max_epochs

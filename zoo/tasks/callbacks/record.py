@@ -17,11 +17,15 @@ from lightning.pytorch import LightningModule, Trainer
 from zoo.tasks.plain import plain
 from zoo.tasks.seeds import run_seed
 
+# What the record says of the network, where the task knows it.
+_NETWORK = ("method", "layers", "head_options", "backbone", "attn", "attn_options", "backbone_options", "img_size")
+
 
 def facts_of_run(trainer: Trainer, task: LightningModule) -> dict[str, Any]:
     """What is known without measuring: command, seed, hardware, versions, network."""
     hparams = task.hparams
     data = getattr(trainer, "datamodule", None)
+    network = getattr(task, "backbone", task)
     return {
         "command": command_line(),
         "recipe": recipe_of(sys.argv[1:]),
@@ -31,13 +35,9 @@ def facts_of_run(trainer: Trainer, task: LightningModule) -> dict[str, Any]:
         "versions": {name: installed(name) for name in ("torch", "timm", "lightning", "attnzoo")}
         | {"python": platform.python_version()},
         "precision": str(trainer.precision),
-        "backbone": hparams.get("backbone"),
-        "attn": hparams.get("attn"),
-        "attn_options": hparams.get("attn_options"),
-        "backbone_options": hparams.get("backbone_options"),
-        "img_size": hparams.get("img_size"),
-        "patch_size": patch_size(task.backbone),
-        "parameters": sum(p.numel() for p in task.backbone.parameters()),
+        **{name: hparams[name] for name in _NETWORK if name in hparams},
+        "patch_size": patch_size(network),
+        "parameters": sum(p.numel() for p in network.parameters()),
         "batch_size": plain(data.hparams.get("batch_size")) if data is not None else None,
     }
 

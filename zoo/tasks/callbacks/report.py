@@ -1,21 +1,17 @@
-"""Leaves in the run folder what a person asks for after a run: record.json, two pictures, and what was skipped."""
+"""Leaves in the run folder what a person asks for after a classification run: its record and two pictures."""
 
-import csv
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from zoo.tasks.callbacks.pictures import Mistake, draw_confusion_matrix, draw_mistakes
-from zoo.tasks.callbacks.record import command_line, facts_of_run, peak_memory_gb, write_record
-from zoo.tasks.plain import plain
+from zoo.tasks.callbacks.run_record import RunRecord
 
 
-class RunReport(Callback):
+class RunReport(RunRecord):
     """Writes record.json, pictures/{confusion_matrix,worst_mistakes}.png and, if images were skipped, skipped.csv.
 
     During `fit` the pictures show the last validation; `test` draws its own beside them (test_*.png) and adds its
@@ -27,36 +23,10 @@ class RunReport(Callback):
     """
 
     def __init__(self, folder: str | None = None, mistakes: int = 24):
-        self._folder = folder
+        super().__init__(folder)
         self._limit = mistakes
-        self._seconds, self._images = 0.0, 0
-        self._started: float | None = None
         self._confusion: Tensor | None = None
         self._worst: list[Mistake] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._train_seconds(), "images": self._images}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._seconds, self._images = state_dict["seconds"], state_dict["images"]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
-        self._started = time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._images += len(batch[0]) * trainer.world_size
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Time of validation is not time of training.
-        self._seconds, self._started = self._train_seconds(), None
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._started = time.monotonic()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clear()
@@ -87,70 +57,28 @@ class RunReport(Callback):
     ) -> None:
         self._collect(batch[0], outputs)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        seconds = self._train_seconds()
-        self._seconds, self._started = seconds, None
-        facts = facts_of_run(trainer, pl_module) | {
-            "train_seconds": round(seconds, 2),
-            # An epoch that the clock cut counts with the part that was done.
-            "epochs_done": round(trainer.global_step / self._updates_per_epoch(trainer), 2),
-            "steps": trainer.global_step,
-            "images_per_second": round(self._images / max(seconds, 1e-9), 1),
-            "peak_memory_gb": round(peak_memory_gb(trainer), 3),
-        }
-        counts = self._counts(trainer)
-        if counts is not None:
-            facts["val"] = self._accuracy(trainer, pl_module, "val", counts)
-        facts["skipped_images"] = len(_skipped(trainer))
-        # A new fit makes what was measured on the old weights untrue; a test only adds.
-        self._leave(trainer, pl_module, facts, counts, "validation", "", add=False)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        counts = self._counts(trainer)
-        tested = self._accuracy(trainer, pl_module, "test", counts)
-        tested |= {"skipped_images": len(_skipped(trainer)), "command": command_line()}
-        known = (self._run_folder(trainer) / "record.json").is_file()
-        facts = {} if known else facts_of_run(trainer, pl_module)
-        self._leave(trainer, pl_module, facts | {"test": tested}, counts, "test", "test_", add=True)
-
-    def _leave(
-        self,
-        trainer: Trainer,
-        task: LightningModule,
-        facts: dict[str, Any],
-        counts: Tensor | None,
-        subset: str,
-        prefix: str,
-        add: bool,
-    ) -> None:
-        if not trainer.is_global_zero:
-            return
-        folder = self._run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_skipped(folder / f"{prefix}skipped.csv", _skipped(trainer))
-        write_record(folder, facts, add)
-        if counts is None:
-            return
-        names, pictures = _class_names(task), folder / "pictures"
-        draw_confusion_matrix(counts.cpu().numpy(), names, pictures / f"{prefix}confusion_matrix.png", subset)
-        title = f"{subset}: most confident mistakes"
-        draw_mistakes(self._worst, names, pictures / f"{prefix}worst_mistakes.png", title)
-
-    def _counts(self, trainer: Trainer) -> Tensor | None:
-        # Over all devices; the pictured mistakes are those of the first.
+    def measured(self, trainer: Trainer, task: LightningModule, stage: str) -> dict[str, Any] | None:
         if self._confusion is None:
             return None
-        return trainer.strategy.reduce(self._confusion.clone(), reduce_op="sum")
-
-    def _accuracy(self, trainer: Trainer, task: LightningModule, stage: str, counts: Tensor | None) -> dict[str, Any]:
+        # Over all devices; the pictured mistakes are those of the first.
+        self._confusion = counts = trainer.strategy.reduce(self._confusion, reduce_op="sum")
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(f"{stage}/")}
         per_class = getattr(task, f"{stage}_per_class").compute()
         return {
             "top1": round(values[f"{stage}/top1"], 6),
             "top5": round(values[f"{stage}/top5"], 6),
-            "images": int(counts.sum()) if counts is not None else 0,
+            "images": int(counts.sum()),
             "per_class": dict(zip(_class_names(task), (round(float(v), 4) for v in per_class), strict=True)),
         }
+
+    def pictures(self, trainer: Trainer, task: LightningModule, stage: str, folder: Path) -> None:
+        if self._confusion is None:
+            return
+        names = _class_names(task)
+        subset, prefix = {"val": ("validation", ""), "test": ("test", "test_")}[stage]
+        draw_confusion_matrix(self._confusion.cpu().numpy(), names, folder / f"{prefix}confusion_matrix.png", subset)
+        title = f"{subset}: most confident mistakes"
+        draw_mistakes(self._worst, names, folder / f"{prefix}worst_mistakes.png", title)
 
     def _collect(self, images: Tensor, outputs: dict[str, Tensor]) -> None:
         logits, targets = outputs["logits"], outputs["targets"]
@@ -171,34 +99,9 @@ class RunReport(Callback):
     def _clear(self) -> None:
         self._confusion, self._worst = None, []
 
-    def _train_seconds(self) -> float:
-        return self._seconds + (time.monotonic() - self._started if self._started is not None else 0.0)
-
-    def _run_folder(self, trainer: Trainer) -> Path:
-        return Path(self._folder or trainer.default_root_dir)
-
-    @staticmethod
-    def _updates_per_epoch(trainer: Trainer) -> float:
-        return max(1.0, plain(trainer.num_training_batches) / trainer.accumulate_grad_batches)
-
-
-def _skipped(trainer: Trainer) -> dict[str, str]:
-    return dict(getattr(getattr(trainer, "datamodule", None), "skipped", None) or {})
-
 
 def _class_names(task: LightningModule) -> list[str]:
     return list(task.hparams["class_names"])
-
-
-def write_skipped(path: Path, skipped: dict[str, str]) -> None:
-    """Writes one line per unreadable image, and says so; leaves no file where there is none."""
-    if not skipped:
-        return
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image", "reason"))
-        writer.writerows(sorted((str(k), str(v)) for k, v in skipped.items()))
-    rank_zero_info(f"{len(skipped)} images could not be read and were left out: {path}")
 
 
 def _picture(image: Tensor) -> Any:

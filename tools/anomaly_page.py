@@ -1,0 +1,55 @@
+"""recipes/ANOMALY.md: the tables of tools/anomaly_bench.py, made of its records and nothing else."""
+
+from typing import Any
+
+LIMITS = (0.3, 0.1, 0.05, 0.01)
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """recipes/ANOMALY.md for these records."""
+    lines = [
+        "# Detectors of anomalies on magnetic_tile",
+        "",
+        "Written by `python tools/anomaly_bench.py page` from the records in [results/anomaly/](results/anomaly/).",
+        "Configurations were chosen on `val` rows (good images of other tiles than those learned from, each also with",
+        "drawn defects); `test` rows were measured afterwards. Maps and masks are compared on a grid of 224 x 224.",
+        "Time and memory are those of one image at a time.",
+    ]
+    columns = ("configuration", "normals", "image AUROC", "pixel AUROC", *(f"AU-PRO {limit:g}" for limit in LIMITS))
+    timing = ("ms", "CPU ms", "MB")
+    shown = (
+        ("test", "all", "Test, all kinds", timing),
+        ("test", "without_uneven", "Test without `uneven`", ()),
+        ("test", "all_own_size", "Test, all kinds, at the images' own sizes", ()),
+        ("val", "all", "Validation", ()),
+    )
+    for split, part, title, more in shown:
+        rows = [record for record in records if part in record.get(split, {})]
+        if not rows:
+            continue
+        head = (*columns, *more)
+        lines += ["", f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for record in sorted(rows, key=lambda r: (-r[split][part]["image_auroc"], r["config"])):
+            lines.append("| " + " | ".join(_cells(record, record[split][part], more)) + " |")
+    lines += ["", "```", *sorted({record["command"] for record in records}), "```", ""]
+    lines += sorted({_machine(record) for record in records})
+    return "\n".join(lines) + "\n"
+
+
+def _cells(record: dict[str, Any], values: dict[str, Any], more: tuple) -> list[str]:
+    numbers = [values[k] for k in ("image_auroc", "pixel_auroc", *(f"aupro_{limit:g}" for limit in LIMITS))]
+    device = ", GPU" if record["hardware"].startswith("1 x") else ""
+    cells = [f"`{record['config']}`{device}", str(record["normals"]), *(f"{number:.3f}" for number in numbers)]
+    if more:
+        timed = record["per_image"]
+        cells += [
+            f"{timed['ms']:.0f}",
+            f"{timed['cpu_ms']:.0f}" if "cpu_ms" in timed else "-",
+            f"{timed['peak_mb']:.0f}",
+        ]
+    return cells
+
+
+def _machine(record: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))
+    return f"{record['hardware']}; {versions}; seed {record['seed']}; {record['date'][:10]}."

@@ -1,0 +1,121 @@
+"""The frozen network whose maps the methods look at: any of timm's, ours included."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from zoo.errors import UsageError, unknown
+
+_BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError)
+
+
+class Teacher(nn.Module):
+    """Maps of chosen layers of a network: images (B, in_chans, H, W) -> list of (B, C, h, w).
+
+    Args:
+        backbone: a name of timm's.
+        layers: of a plain transformer the numbers of its blocks, whose tokens pass its final norm and leave class and
+            register tokens behind; of other networks the numbers of their levels, finest first. By default the block
+            at two thirds and the last, or the levels of reduction 8 and 16.
+        img_size: (height, width), for networks that want to know it.
+        pretrained: True, or a weights file.
+        options: further keyword arguments of the network.
+
+    Raises:
+        UsageError: there is no such network or layer, or the weights or options do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        layers: Sequence[int] | None = None,
+        img_size: tuple[int, int] | None = None,
+        in_chans: int = 3,
+        pretrained: bool | str | Path = False,
+        options: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        if not timm.is_model(backbone):
+            raise unknown("backbone", backbone, timm.list_models())
+        config = get_pretrained_cfg(backbone)
+        arguments: dict[str, Any] = {**(options or {}), "in_chans": in_chans}
+        if img_size is not None and (backbone.startswith("zoo_") or (config is not None and config.fixed_input_size)):
+            arguments["img_size"] = img_size
+        levels = _build(backbone, features_only=True, **arguments)
+        reductions = levels.feature_info.reduction()
+        self.plain = len(reductions) > 1 and len(set(reductions)) == 1
+        weights = _weights(pretrained)
+        if self.plain:
+            network = _build(backbone, num_classes=0, **arguments, **weights)
+            count = len(network.feature_info)
+            self.layers = _chosen(layers, count, (max(0, (2 * count + 2) // 3 - 1), count - 1))
+            infos = [network.feature_info[layer] for layer in self.layers]
+            self.channels = [info["num_chs"] for info in infos]
+            self.reductions = [info["reduction"] for info in infos]
+            network.prune_intermediate_layers(self.layers, prune_norm=False, prune_head=True)
+        else:
+            default = [index for index, reduction in enumerate(reductions) if reduction in (8, 16)]
+            self.layers = _chosen(layers, len(reductions), default if len(default) == 2 else (0, 1))
+            network = _build(backbone, features_only=True, out_indices=tuple(self.layers), **arguments, **weights)
+            self.channels = network.feature_info.channels()
+            self.reductions = network.feature_info.reduction()
+        self.network = network
+        self.config: dict[str, Any] = dict(config.to_dict()) if config is not None else {}
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        if self.plain:
+            maps = self.network.forward_intermediates(
+                images, indices=self.layers, norm=True, output_fmt="NCHW", intermediates_only=True
+            )
+        else:
+            maps = self.network(images)
+        # Networks over (B, h, w, C) say so by the place of their channels.
+        return [
+            map_ if map_.shape[1] == channels else map_.permute(0, 3, 1, 2)
+            for map_, channels in zip(maps, self.channels, strict=True)
+        ]
+
+
+def _build(backbone: str, **arguments: Any) -> Any:
+    try:
+        return timm.create_model(backbone, **arguments)
+    except UsageError:
+        raise
+    except _BUILD_ERRORS as error:
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"backbone {backbone!r} gives no maps with {arguments}: {text}") from error
+
+
+def _weights(pretrained: bool | str | Path) -> dict[str, Any]:
+    if isinstance(pretrained, bool):
+        return {"pretrained": pretrained}
+    if not Path(pretrained).is_file():
+        raise UsageError(f"there is no weights file at {pretrained}")
+    return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(pretrained)}}
+
+
+def _chosen(layers: Sequence[int] | None, count: int, default: Sequence[int]) -> list[int]:
+    found = list(default if layers is None else layers)
+    if not found or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in found):
+        raise UsageError(f"layers={layers}: give the numbers of layers, for instance {list(default)}")
+    if sorted(set(found)) != found or found[0] < 0 or found[-1] >= count:
+        raise UsageError(f"layers={found}: give different numbers from 0 to {count - 1}, in ascending order")
+    return found
+
+
+def check_takes(teacher: Teacher, name: str, in_chans: int, size: tuple[int, int]) -> None:
+    """Raises UsageError where the teacher cannot take images of a size; costs one image."""
+    teacher.eval()
+    try:
+        with torch.no_grad():
+            teacher(torch.zeros(1, in_chans, *size))
+    except _BUILD_ERRORS as error:
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(
+            f"backbone {name!r} cannot take images of {size[0]} x {size[1]}: {text}. Give another img_size."
+        ) from error
