@@ -24,12 +24,13 @@ maps). The floor is the larger of two times: the fewest bytes that must move ove
 arithmetic over the rate of a large bfloat16 product, both rates measured in the same run; for a layer, only its input,
 output and weights must move. Share is floor / time. Peak GB is what was allocated, weights and inputs included.
 Training is forward, loss and backward without the optimizer; `recipe` is how our recipes train: blocks compiled, the
-step replayed as CUDA graphs. A ratio compares the fastest of ours with the fastest of the peer.
+step replayed as CUDA graphs; `graph` is an op or a layer replayed so, without what the host needs to launch its
+kernels. A ratio compares the fastest of ours with the fastest of the peer, which had the same ways of being run.
 """
 EMPTY = "\nThere are no records yet.\n"
 TITLES = {"op": "Ops", "layer": "Layers, projections included", "network": "Networks", "headline": "Headlines"}
 COLUMNS = {
-    "op": ("op", "pass", "peer", "peer ms", "ours ms", "ratio", "peak GB peer", "ours", "floor ms", "share of floor"),
+    "op": ("op", "pass", "peer", "peer ms", "ours ms", "ours eager", "ratio", "peak GB peer", "ours", "floor ms", "share of floor"),
     "network": (
         *("network", "pass", "batch", "peer", "peer eager", "peer compile", "ours eager", "ours compile"),
         *("ours recipe", "ratio", "peak GB peer", "ours"),
@@ -91,7 +92,8 @@ def function_lines(record: Row) -> list[str]:
         ratio = None if not (ours and peer) else peer["timing"]["median_ms"] / ours["timing"]["median_ms"]
         share = (ours or {}).get("share")
         cells = [record["title"], what, "-" if peer is None else f"{peer['side']}, {peer['mode']}"]
-        cells += [milliseconds(peer), milliseconds(ours), "-" if ratio is None else f"{number(ratio)}x"]
+        eager = of_mode(good(record, "ours", what), "eager")
+        cells += [milliseconds(peer), milliseconds(ours), milliseconds(eager), "-" if ratio is None else f"{number(ratio)}x"]
         cells += [number((row or {}).get("peak_gb")) for row in (peer, ours)]
         cells += [number((ours or {}).get("floor_ms")), "-" if share is None else f"{share:.0%}"]
         lines.append(line(cells))
