@@ -30,7 +30,10 @@ kernels. A ratio compares the fastest of ours with the fastest of the peer, whic
 EMPTY = "\nThere are no records yet.\n"
 TITLES = {"op": "Ops", "layer": "Layers, projections included", "network": "Networks", "headline": "Headlines"}
 COLUMNS = {
-    "op": ("op", "pass", "peer", "peer ms", "ours ms", "ours eager", "ratio", "peak GB peer", "ours", "floor ms", "share of floor"),
+    "op": (
+        *("op", "pass", "peer", "peer ms", "ours ms", "ours eager", "ratio"),
+        *("peak GB peer", "ours", "floor ms", "share of floor"),
+    ),
     "network": (
         *("network", "pass", "batch", "peer", "peer eager", "peer compile", "ours eager", "ours compile"),
         *("ours recipe", "ratio", "peak GB peer", "ours"),
@@ -93,7 +96,7 @@ def function_lines(record: Row) -> list[str]:
         share = (ours or {}).get("share")
         cells = [record["title"], what, "-" if peer is None else f"{peer['side']}, {peer['mode']}"]
         eager = of_mode(good(record, "ours", what), "eager")
-        cells += [milliseconds(peer), milliseconds(ours), milliseconds(eager), "-" if ratio is None else f"{number(ratio)}x"]
+        cells += [milliseconds(row) for row in (peer, ours, eager)] + ["-" if ratio is None else f"{number(ratio)}x"]
         cells += [number((row or {}).get("peak_gb")) for row in (peer, ours)]
         cells += [number((ours or {}).get("floor_ms")), "-" if share is None else f"{share:.0%}"]
         lines.append(line(cells))
