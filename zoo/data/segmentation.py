@@ -162,7 +162,7 @@ class Segmentation(LightningDataModule):
         """A weight for each class, counted from all masks of train, with n_c its pixels among n that have a class.
 
         "inverse" gives n / (K n_c) for the K classes that occur. "median" gives median(f) / f_c, where f_c is n_c
-        divided by the pixels of the images that show the class (Eigen and Fergus 2015, section 6.3.2). A class that
+        divided by the pixels of the images that show the class (Eigen and Fergus 2015). A class that
         does not occur gets 0.
 
         Raises:

@@ -58,8 +58,8 @@ def open_scenes(root: Path, layout: str = "auto") -> Found:
             return found
     there = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
     raise UsageError(
-        f"{str(root)!r} holds {', '.join(there[:8]) or 'nothing'}; it should hold "
-        "{train,val,test}/{images,masks}/, or {images,masks}/{train,val,test}/, or images/ and masks/, or Pascal VOC's VOCdevkit/ (--data.layout splits, "
+        f"{str(root)!r} holds {', '.join(there[:8]) or 'nothing'}; it should hold {{train,val,test}}/{{images,masks}}, "
+        "or {images,masks}/{train,val,test}, or images and masks, or Pascal VOC's VOCdevkit (--data.layout splits, "
         "kinds, flat or voc)"
     )
 
