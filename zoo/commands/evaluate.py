@@ -13,7 +13,13 @@ _MORE = """frequent overrides: --data.root DIR   --data.test_split NAME   --data
 
 
 # The data of each task, for a checkpoint that was not written by this command and so names no classes.
-_DATA = {"Classification": "ImageClassification", "AnomalyDetection": "AnomalyDetection"}
+_DATA = {
+    "Classification": "ImageClassification",
+    "AnomalyDetection": "AnomalyDetection",
+    "Segmentation": "Segmentation",
+}
+# Options of the task that come from its data.
+_LINKED = ("class_names", "palette", "ignore_index", "img_size", "in_chans")
 
 
 def run(command: str, arguments: list[str]) -> None:
@@ -78,7 +84,7 @@ def settings_of(checkpoint: Path) -> dict[str, Any]:
     ):
         values = {k: plain(v) for k, v in content[stored].items() if not k.startswith("_")}
         settings[key] = {"class_path": content[stored].get("_class_path") or default, "init_args": values}
-    for section, key in (("model", "class_names"), ("model", "img_size"), ("model", "in_chans"), ("data", "seed")):
+    for section, key in (*(("model", key) for key in _LINKED), ("data", "seed")):
         settings[section]["init_args"].pop(key, None)
     # The weights are in the checkpoint; the file that training started from may be gone.
     settings["model"]["init_args"]["pretrained"] = False

@@ -22,7 +22,10 @@ _MORE = """frequent overrides (any option of the recipe can be given; values aft
   --print_config                    the whole recipe with every default
   --model.help zoo.tasks.Classification    --data.help zoo.data.ImageClassification    --help-all
 detectors of defects (--config anomaly/l2bt): --data.root DIR with good images in DIR or DIR/train/good
-  --model.help zoo.tasks.AnomalyDetection  --data.help zoo.data.AnomalyDetection"""
+  --model.help zoo.tasks.AnomalyDetection  --data.help zoo.data.AnomalyDetection
+a class for every pixel (--config segmentation/camvid): --data.root DIR with train/images, train/masks and classes.txt
+  --model.head NAME   --model.pretrained FILE   --data.crop_size N
+  --model.help zoo.tasks.Segmentation      --data.help zoo.data.Segmentation"""
 # Children that Lightning starts for further devices run the same line; they must join the parent's run.
 _RUN_OF_PARENT = "ZOO_RUN_FOLDER"
 

@@ -14,8 +14,10 @@ from zoo.resources import find_recipe
 
 # Options that another one decides, and what to do instead of giving them.
 _LINKED = {
-    "model.class_names": "the names are read from the images",
-    "model.img_size": "give --data.img_size",
+    "model.class_names": "the names are read from the data",
+    "model.palette": "the colours are read from the data",
+    "model.ignore_index": "give --data.ignore_index",
+    "model.img_size": "give --data.img_size (--data.crop_size in segmentation)",
     "model.in_chans": "give --data.in_chans",
     "data.seed": "give --seed_everything",
 }
@@ -61,7 +63,9 @@ class ZooCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # The whole datamodule is the source, so that one without class names still works with a task that needs none.
         parser.link_arguments("data", "model.init_args.class_names", compute_fn=_class_names, apply_on="instantiate")
-        parser.link_arguments("data.init_args.img_size", "model.init_args.img_size")
+        parser.link_arguments("data", "model.init_args.palette", compute_fn=_palette, apply_on="instantiate")
+        parser.link_arguments("data", "model.init_args.img_size", compute_fn=_img_size)
+        parser.link_arguments("data", "model.init_args.ignore_index", compute_fn=_ignore_index)
         parser.link_arguments("data.init_args.in_chans", "model.init_args.in_chans")
         # One seed decides everything: the weights, the order of the images and how they are changed.
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
@@ -109,6 +113,20 @@ def _class_names(data: LightningDataModule) -> list[str]:
     return list(getattr(data, "class_names", ()))
 
 
+def _palette(data: LightningDataModule) -> list[list[int]]:
+    return [list(colour) for colour in getattr(data, "palette", ())]
+
+
+def _img_size(data: Any) -> Any:
+    # Networks that see crops are made for the size of those.
+    options = data.init_args
+    return options.crop_size if "crop_size" in options else options.get("img_size")
+
+
+def _ignore_index(data: Any) -> int:
+    return data.init_args.get("ignore_index", 255)
+
+
 def _seed(seed: bool | int) -> int:
     return 0 if isinstance(seed, bool) else seed
 
@@ -136,7 +154,7 @@ def describe(data: LightningDataModule, task: LightningModule, folder: Path) -> 
     """One line about what is about to be trained."""
     parameters = sum(p.numel() for p in task.parameters())
     name = task.hparams.get("backbone", type(task).__name__)
-    if method := task.hparams.get("method"):
+    if method := task.hparams.get("method") or task.hparams.get("head"):
         name = f"{method} on {name}"
     classes = len(getattr(data, "class_names", ()))
     return f"{name}: {parameters / 1e6:.2f} M parameters{f', {classes} classes' if classes else ''} -> {folder}"

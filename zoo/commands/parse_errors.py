@@ -184,7 +184,7 @@ def _parameters(class_path: str) -> list[str]:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
         return []
-    linked = ("class_names",)
+    linked = ("class_names", "palette")
     return [p for p in inspect.signature(cls).parameters if p not in ("args", "kwargs", *linked)]
 
 

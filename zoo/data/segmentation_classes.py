@@ -96,8 +96,13 @@ def make_classes(lines: Sequence[str], where: str, ignore_index: int, first_valu
     codes = np.array(sorted(known), dtype=np.int64)
     labels = np.array([known[code] for code in sorted(known)], dtype=np.int64)
     by_label = {label: code for code, label in known.items()}
-    palette = [_rgb(by_label[n]) if coloured else _colour(n) for n in range(len(names))]
+    palette = [_rgb(by_label[n]) for n in range(len(names))] if coloured else voc_palette(len(names))
     return ClassList(names, codes, labels, coloured, palette)
+
+
+def voc_palette(count: int) -> list[tuple[int, int, int]]:
+    """Colours that Pascal VOC's development kit gives the numbers from 0 on: black, dark red, dark green, ..."""
+    return [_colour(number) for number in range(count)]
 
 
 def read_lines(path: Path) -> list[str]:
@@ -214,7 +219,6 @@ def _rgb(code: int) -> tuple[int, int, int]:
 
 
 def _colour(number: int) -> tuple[int, int, int]:
-    """The colour that Pascal VOC's development kit gives a number: black, dark red, dark green, ..."""
     parts = [0, 0, 0]
     for step in range(8):
         for channel in range(3):

@@ -12,5 +12,13 @@ from zoo.tasks.anomaly import AnomalyDetection
 from zoo.tasks.checkpoint import AtomicCheckpointIO, load_task
 from zoo.tasks.classification import Classification
 from zoo.tasks.finite import NonFiniteLossError
+from zoo.tasks.segmentation import Segmentation
 
-__all__ = ["AnomalyDetection", "AtomicCheckpointIO", "Classification", "NonFiniteLossError", "load_task"]
+__all__ = [
+    "AnomalyDetection",
+    "AtomicCheckpointIO",
+    "Classification",
+    "NonFiniteLossError",
+    "Segmentation",
+    "load_task",
+]

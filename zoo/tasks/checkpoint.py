@@ -13,6 +13,13 @@ from lightning.pytorch import LightningModule
 from zoo.errors import UsageError
 from zoo.tasks.weights import read_file
 
+# Hyperparameters that every checkpoint of a task has.
+_NAMED = {
+    "Classification": {"backbone", "class_names"},
+    "AnomalyDetection": {"backbone", "method"},
+    "Segmentation": {"head", "backbone", "class_names"},
+}
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, flushes to the disk, and only then renames; reads with weights_only.
@@ -69,8 +76,7 @@ def load_task(path: str | Path) -> tuple[LightningModule, dict[str, Any]]:
         )
     kind = task_kind(checkpoint)
     hparams = {k: v for k, v in checkpoint["hyper_parameters"].items() if not k.startswith("_")}
-    missing = {"Classification": {"backbone", "class_names"}, "AnomalyDetection": {"backbone", "method"}}[kind]
-    if not missing <= set(hparams):
+    if not _NAMED[kind] <= set(hparams):
         raise UsageError(f"{path} is a checkpoint of another program: it names no backbone and no classes or method")
     # All weights come from the checkpoint itself: the file that training started from may be gone.
     task = getattr(zoo.tasks, kind)(**(hparams | {"pretrained": False}))
@@ -83,5 +89,8 @@ def load_task(path: str | Path) -> tuple[LightningModule, dict[str, Any]]:
 
 
 def task_kind(checkpoint: Mapping[str, Any]) -> str:
-    """Name of the class in zoo.tasks that a checkpoint belongs to: only a detector of anomalies has a method."""
-    return "AnomalyDetection" if "method" in checkpoint["hyper_parameters"] else "Classification"
+    """Name of the class in zoo.tasks that a checkpoint belongs to: only a detector of anomalies has a method, and only
+    segmentation a head of its own.
+    """
+    hparams = checkpoint["hyper_parameters"]
+    return "AnomalyDetection" if "method" in hparams else "Segmentation" if "head" in hparams else "Classification"

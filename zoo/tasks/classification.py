@@ -266,6 +266,11 @@ class Classification(Task):
 def check_same_network(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raises UsageError where a checkpoint's hyperparameters describe another network than the one at hand."""
     check_same(saved, given, _SAME)
+    check_same_classes(saved, given)
+
+
+def check_same_classes(saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises UsageError where a checkpoint's classes are others than those at hand."""
     theirs, ours = list(saved.get("class_names", given["class_names"])), list(given["class_names"])
     if len(theirs) != len(ours):
         raise UsageError(f"the checkpoint knows {len(theirs)} classes, but the data has {len(ours)}")

@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zoo.tasks.callbacks.anomaly_gallery import GROUPS, Example, Gallery
-from zoo.tasks.callbacks.anomaly_page import page
 from zoo.tasks.callbacks.anomaly_pictures import draw_example, draw_scores, heat_range, verdict
 from zoo.tasks.callbacks.anomaly_rows import (
     KIND_COLUMNS,
@@ -28,6 +27,7 @@ from zoo.tasks.callbacks.anomaly_rows import (
     measure,
     size_cells,
 )
+from zoo.tasks.callbacks.page import page, print_table, write_page
 
 _SHOWN = {
     "image_auroc": "image AUROC",
@@ -40,6 +40,7 @@ _KIND_REMARK = (
     "Above threshold: the score of the image. AUROC: images of the kind against all good ones. Hit: a pixel of the "
     "defect lies above the threshold of pixels; covered: the share of its pixels that do, averaged over defects."
 )
+_HISTOGRAM = "Histogram of the scores of good and defective images"
 _SIZE_REMARK = "Quartiles of the sizes of all defects, in pixels as tested; every defect counts once."
 
 
@@ -130,18 +131,16 @@ class AnomalyReport(Callback):
         for heading, _, columns, rows in tables:
             # Sizes within each kind are many lines: in the page and the CSV.
             shown = [row for row in rows if columns is KIND_COLUMNS or row[0] == "all"]
-            _print(f"Test images {heading.lower()}", columns, shown)
+            print_table(f"Test images {heading.lower()}", columns, shown)
         text = page(
             f"Test of {folder.name}",
             about(task, images),
             cards(measured, threshold),
             tables,
-            folder / "pictures" / "test_scores.png",
             drawn,
+            ("Scores and threshold", folder / "pictures" / "test_scores.png", _HISTOGRAM),
         )
-        partial = folder / "report.html.part"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / "report.html")
+        write_page(folder / "report.html", text)
 
 
 def thresholds_of(task: LightningModule) -> tuple[float, float]:
@@ -211,15 +210,3 @@ def _cells(row: Any) -> list[str]:
         unknown = value is None or (isinstance(value, float) and math.isnan(value))
         found.append("" if unknown else f"{value:.9g}" if isinstance(value, float) else str(value))
     return found
-
-
-def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)

@@ -18,7 +18,8 @@ from zoo.tasks.plain import plain
 from zoo.tasks.seeds import run_seed
 
 # What the record says of the network, where the task knows it.
-_NETWORK = ("method", "layers", "head_options", "backbone", "attn", "attn_options", "backbone_options", "img_size")
+_HEAD = ("method", "head", "layers", "head_options", "loss")
+_NETWORK = (*_HEAD, "backbone", "attn", "attn_options", "backbone_options", "img_size")
 
 
 def facts_of_run(trainer: Trainer, task: LightningModule) -> dict[str, Any]:

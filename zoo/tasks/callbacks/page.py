@@ -32,21 +32,23 @@ def page(
     about: str,
     cards: Sequence[tuple[str, str]],
     tables: Sequence[tuple[str, str, Sequence[str], Sequence[Sequence[str]]]],
-    scores: Path,
     pictures: Mapping[str, Sequence[tuple[Path, str]]],
+    figure: tuple[str, Path, str] | None = None,
 ) -> str:
     """The whole page.
 
     Args:
         cards: (name, value) of the figures at the top.
         tables: (heading, remark, columns, rows).
-        scores: picture of the scores.
         pictures: heading -> (picture file, what it shows in words).
+        figure: (heading, picture file, what it shows in words) of one that comes before the tables.
     """
     parts = [f"<h1>{_text(title)}</h1>", f'<p class="about">{_text(about)}</p>', '<div class="cards">']
     parts += [f'<div class="card"><b>{_text(value)}</b><span>{_text(name)}</span></div>' for name, value in cards]
     parts.append("</div>")
-    parts += ["<h2>Scores and threshold</h2>", _figure(scores, "Histogram of the scores of good and defective images")]
+    if figure is not None:
+        heading, path, words = figure
+        parts += [f"<h2>{_text(heading)}</h2>", _figure(path, words)]
     for heading, remark, columns, rows in tables:
         parts += [f"<h2>{_text(heading)}</h2>", f'<p class="about">{_text(remark)}</p>', _table(columns, rows)]
     for heading, shown in pictures.items():
@@ -59,6 +61,26 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def write_page(path: Path, text: str) -> None:
+    """Writes the page; it gets its name when it is complete."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints one of the tables on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def _text(value: object) -> str:
