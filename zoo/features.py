@@ -157,12 +157,10 @@ class FeaturePyramid(nn.Module):
                 module.training = mode
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        size = images.shape[-2:]
+        size, raw = images.shape[-2:], self._raw(self.network, images)
         found = [
             _as_map(map_, layout, level, size)
-            for map_, layout, level in zip(
-                self._raw(self.network, images), self._layouts, self._source_levels, strict=True
-            )
+            for map_, layout, level in zip(raw, self._layouts, self._source_levels, strict=True)
         ]
         return [
             found[source] if native else resize(found[source], (-(-size[0] // level), -(-size[1] // level)))
@@ -261,9 +259,9 @@ def short(error: Exception, limit: int = 300) -> str:
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
-def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear: (B, C, h, w) -> (B, C, *size)."""
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(maps, size=(size[0], size[1]), mode="bilinear", align_corners=False)
 
 
 def _checked_levels(levels: Sequence[int]) -> list[int]:

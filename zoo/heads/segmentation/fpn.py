@@ -4,6 +4,7 @@ Panoptic Feature Pyramid Networks, Kirillov et al., CVPR 2019 - https://arxiv.or
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class FPN(SegmentationHead):
             finer = joined[level]
             joined[level] = finer + F.interpolate(joined[level + 1], size=finer.shape[2:], mode="nearest")
         total = None
+        climb: Any
         for level, (map_, climb) in enumerate(zip(joined, self.climbs, strict=True)):
             for step, block in enumerate(climb):
                 map_ = block(map_)
