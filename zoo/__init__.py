@@ -7,9 +7,11 @@ from zoo import backbones, kernels
 # At once, not lazily: a submodule imported first would take the name of its function.
 from zoo.accelerate import accelerate
 from zoo.attention import attention_spec, create_attention, list_attentions, register_attention
+from zoo.features import FeaturePyramid
 
 __version__ = "0.1.0"
 __all__ = [
+    "FeaturePyramid",
     "accelerate",
     "attention_spec",
     "backbones",

@@ -1,11 +1,14 @@
 """Heads over the maps of a backbone; they know no concrete one."""
 
+from collections.abc import Mapping
+
 from zoo.errors import unknown
 from zoo.heads.anomaly import METHODS, create_detector
+from zoo.heads.segmentation import HEADS, create_segmenter
 
-__all__ = ["create_detector", "list_heads"]
+__all__ = ["create_detector", "create_segmenter", "list_heads"]
 
-_KINDS = {"anomaly": METHODS}
+_KINDS: dict[str, Mapping[str, object]] = {"anomaly": METHODS, "segmentation": HEADS}
 
 
 def list_heads(kind: str) -> list[str]:

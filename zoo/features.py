@@ -1,0 +1,393 @@
+"""Maps of any of timm's networks at the levels that a head asks for, whatever ladder the network itself has."""
+
+import math
+from collections.abc import Mapping, Sequence
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import get_pretrained_cfg, load_state_dict
+from torch import Tensor, nn
+
+from zoo.errors import UsageError, unknown
+
+# What timm's networks raise over an option, a size or weights that do not fit.
+BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError)
+_SIDES = (2, 4, 8, 14, 16, 32, 64, 224)
+
+
+class FeaturePyramid(nn.Module):
+    """Images (B, in_chans, H, W) -> one map (B, C, h, w) a level, finest first.
+
+    A level that the network has is its own map of that reduction. One that it lacks is made from the nearest by
+    bilinear resizing to ceil(H / level) x ceil(W / level). A plain transformer has one grid: its levels are taken from
+    blocks at even depths, the finest level from the earliest, and resized likewise.
+
+    Args:
+        backbone: a name of timm's, ours included.
+        levels: reductions, ascending: a map of level 8 has an eighth of the images' height and width.
+        img_size: side, or (height, width), of the images; told to networks that have to know it. Those that can are
+            made to take other sizes too.
+        strict: refuse levels that the network does not have instead of making them.
+        in_chans: channels of the images.
+        pretrained: True for timm's own weights, or a weights file, or its content.
+        backbone_options: further keyword arguments of the network.
+
+    Attributes:
+        channels, reductions: C and level of every map.
+        native: whether each map is the network's own, not resized.
+        ladder: the network's own reductions.
+        img_size: (height, width) the network was made for.
+        config: what timm keeps about the network and its weights: mean, std, input_size and more.
+
+    Raises:
+        UsageError: there is no such network; or its options, weights, size or levels do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        levels: Sequence[int] = (4, 8, 16, 32),
+        img_size: int | tuple[int, int] | None = None,
+        strict: bool = False,
+        *,
+        in_chans: int = 3,
+        pretrained: bool | str | Path | Mapping[str, Tensor] = False,
+        backbone_options: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        check_backbone_name(backbone)
+        levels = _checked_levels(levels)
+        size = checked_size(img_size)
+        config = get_pretrained_cfg(backbone)
+        self.name, self.in_chans = backbone, in_chans
+        self.config: dict[str, Any] = dict(config.to_dict()) if config is not None else {}
+        self.img_size = size or own_size(backbone)
+
+        given = {**(backbone_options or {}), "in_chans": in_chans}
+        blank = _blank(backbone, given)
+        infos = _infos(blank, backbone)
+        self.ladder = [int(info["reduction"]) for info in infos]
+        self.plain = len(infos) > 1 and len(set(self.ladder)) == 1 and hasattr(blank, "forward_intermediates")
+        missing = [level for level in levels if level not in self.ladder]
+        if strict and missing:
+            raise UsageError(
+                f"backbone {backbone!r} has no maps of levels {missing}: it has {sorted(set(self.ladder))}. Ask for "
+                "those, or leave strict out to have the others made by resizing"
+            )
+        picks = _even(len(infos), len(levels)) if self.plain else [_nearest(level, self.ladder) for level in levels]
+        self._arguments = {**_size_arguments(backbone, type(blank), size), **given}
+        self._indices = sorted(set(picks))
+        self._sources = [self._indices.index(pick) for pick in picks]
+        self.reductions = list(levels)
+        self.native = [self.ladder[pick] == level for pick, level in zip(picks, levels, strict=True)]
+        self._source_chans = [int(infos[index]["num_chs"]) for index in self._indices]
+        self._source_levels = [self.ladder[index] for index in self._indices]
+        self.channels = [self._source_chans[source] for source in self._sources]
+        self.network = self._made(self._arguments, pretrained)
+        self._layouts = self._looked_at()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self._maps(images)
+        try:
+            return self._maps(images)
+        except torch.OutOfMemoryError:
+            raise
+        except BUILD_ERRORS as error:
+            height, width = images.shape[-2:]
+            if self.takes((height, width)):
+                raise
+            raise UsageError(
+                f"backbone {self.name!r} cannot take images of {height} x {width}: {self._taken((height, width))}"
+            ) from error
+
+    def takes(self, size: tuple[int, int]) -> bool:
+        """Whether images of (height, width) can be given; costs one image."""
+        parameter = next(self.network.parameters())
+        image = torch.zeros(1, self.in_chans, *size, device=parameter.device, dtype=parameter.dtype)
+        try:
+            self._quietly(self.network, image)
+        except BUILD_ERRORS:
+            return False
+        return True
+
+    @property
+    def any_size(self) -> bool:
+        """Whether images of other sizes than `img_size` can be given, odd ones included; the first look costs one."""
+        if self._any_size is None:
+            height, width = self.img_size
+            self._any_size = self.takes((height + 5, width + 3))
+        return self._any_size
+
+    _any_size: bool | None = None
+
+    def _made(self, arguments: Mapping[str, Any], pretrained: bool | str | Path | Mapping[str, Tensor]) -> Any:
+        weights = _weights(pretrained)
+        if not self.plain:
+            network = build(self.name, features_only=True, out_indices=tuple(self._indices), **arguments, **weights)
+        else:
+            network = build(self.name, num_classes=0, **arguments, **weights)
+        if "pretrained_cfg_overlay" in weights:
+            _check_loaded(network, self.name, weights["pretrained_cfg_overlay"])
+        if self.plain:
+            network.prune_intermediate_layers(self._indices, prune_norm=False, prune_head=True)
+        return network
+
+    def _raw(self, network: Any, images: Tensor) -> list[Tensor]:
+        """What a network answers, in its own layouts."""
+        if self.plain:
+            return network.forward_intermediates(
+                images, indices=self._indices, norm=True, output_fmt="NCHW", intermediates_only=True
+            )
+        return network(images)
+
+    def _quietly(self, network: Any, images: Tensor) -> list[Tensor]:
+        """The same in evaluation mode, without gradients; the modes are as before afterwards."""
+        modes = {module: module.training for module in network.modules()}
+        try:
+            network.eval()
+            with torch.no_grad():
+                return self._raw(network, images)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        size, raw = images.shape[-2:], self._raw(self.network, images)
+        found = [
+            _as_map(map_, layout, level, size)
+            for map_, layout, level in zip(raw, self._layouts, self._source_levels, strict=True)
+        ]
+        return [
+            found[source] if native else resize(found[source], (-(-size[0] // level), -(-size[1] // level)))
+            for source, native, level in zip(self._sources, self.native, self.reductions, strict=True)
+        ]
+
+    def _looked_at(self) -> list[str]:
+        """The layout of each map of the network, seen on one image of `img_size`."""
+        image = torch.zeros(1, self.in_chans, *self.img_size)
+        try:
+            found = self._quietly(self.network, image)
+        except BUILD_ERRORS as error:
+            height, width = self.img_size
+            raise UsageError(
+                f"backbone {self.name!r} cannot take images of {height} x {width}: {self._made_for(error)}"
+            ) from error
+        pairs = zip(found, self._source_chans, strict=True)
+        return [_layout(map_, channels, self.network, self.name) for map_, channels in pairs]
+
+    def _made_for(self, error: Exception) -> str:
+        """Sizes near `img_size` that the network can be made for, in words."""
+        for step in _SIDES:
+            size = _rounded(self.img_size, step)
+            if size == self.img_size:
+                continue
+            arguments = dict(self._arguments)
+            if "img_size" in arguments:
+                arguments["img_size"] = size
+            try:
+                self._quietly(self._made(arguments, False), torch.zeros(1, self.in_chans, *size))
+            except BUILD_ERRORS:
+                continue
+            return f"give multiples of {step}, for instance {size[0]} x {size[1]}"
+        return f"{short(error)}. It was made for {' x '.join(map(str, own_size(self.name)))}"
+
+    def _taken(self, size: tuple[int, int]) -> str:
+        """Sizes near `size` that the network takes as it is, in words."""
+        for step in _SIDES:
+            near = _rounded(size, step)
+            if near != size and self.takes(near):
+                return f"give multiples of {step}, for instance {near[0]} x {near[1]}"
+        height, width = self.img_size
+        return f"it was made for {height} x {width} alone. Give img_size={list(size)}, or windows of its own size"
+
+
+def check_backbone_name(name: str) -> None:
+    """Raises UsageError, with the closest names, unless timm can make `name`."""
+    if name.partition(":")[0] in ("hf-hub", "local-dir") and ":" in name:
+        return
+    if not timm.is_model(name):
+        raise unknown("backbone", name, timm.list_models())
+
+
+def own_size(name: str) -> tuple[int, int]:
+    """Height and width that a backbone was made for."""
+    config = get_pretrained_cfg(name)
+    return (int(config.input_size[1]), int(config.input_size[2])) if config is not None else (224, 224)
+
+
+def wants_size(name: str) -> bool:
+    """Whether a network is told the size of the images: those made for one, and ours, whose tables then fit it.
+
+    timm's flexible networks are left to their own: few of their filters resize what pretrained files hold.
+    """
+    config = get_pretrained_cfg(name)
+    return name.startswith("zoo_") or (config is not None and config.fixed_input_size)
+
+
+def checked_size(img_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """A side, or (height, width), as the latter.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if img_size is None:
+        return None
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
+        raise UsageError(f"img_size={img_size}: give a positive side, or (height, width)")
+    return size[0], size[1]
+
+
+def build(name: str, **arguments: Any) -> Any:
+    """`timm.create_model`, whose errors become a UsageError."""
+    try:
+        return timm.create_model(name, **arguments)
+    except UsageError:
+        raise
+    except BUILD_ERRORS as error:
+        shown = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
+        raise UsageError(f"backbone {name!r} gives no maps with {shown}: {short(error)}") from error
+
+
+def short(error: Exception, limit: int = 300) -> str:
+    """The text of an error on one line."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear: (B, C, h, w) -> (B, C, *size)."""
+    return F.interpolate(maps, size=(size[0], size[1]), mode="bilinear", align_corners=False)
+
+
+def _checked_levels(levels: Sequence[int]) -> list[int]:
+    found = list(levels)
+    whole = all(isinstance(level, int) and not isinstance(level, bool) and level >= 1 for level in found)
+    if not found or not whole or sorted(set(found)) != found:
+        raise UsageError(f"levels={levels}: give reductions of the image in ascending order, for instance [4, 8, 16]")
+    return found
+
+
+def _blank(name: str, arguments: Mapping[str, Any]) -> Any:
+    """The network without weights, to look at."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **arguments)
+    except UsageError:
+        raise
+    except Exception:
+        # Some look at the values of a tensor while they are made; the second error is the one to tell.
+        return build(name, **arguments)
+
+
+def _infos(network: Any, name: str) -> list[dict[str, Any]]:
+    infos = getattr(network, "feature_info", None)
+    infos = list(getattr(infos, "info", infos) or [])
+    if not infos or not all("reduction" in info and "num_chs" in info for info in infos):
+        raise UsageError(f"backbone {name!r} gives no maps: timm knows no levels of it. Choose another one")
+    return infos
+
+
+def _nearest(level: int, ladder: Sequence[int]) -> int:
+    """Index of the reduction nearest to a level by ratio; the finer of two, and the last of equal ones."""
+    return min(range(len(ladder)), key=lambda index: (abs(math.log(ladder[index] / level)), ladder[index], -index))
+
+
+def _even(blocks: int, count: int) -> list[int]:
+    """Numbers of `count` blocks at even depths, the last among them."""
+    return [max(0, round((place + 1) * blocks / count) - 1) for place in range(count)]
+
+
+def _size_arguments(name: str, network: type, size: tuple[int, int] | None) -> dict[str, Any]:
+    """What a network wants to be told so that it takes images of `size`, and of others where it can."""
+    known = _parameters(network)
+    arguments: dict[str, Any] = {}
+    if size is not None and wants_size(name):
+        arguments["img_size"] = size
+    for option, value in (("dynamic_img_size", True), ("dynamic_img_pad", True), ("strict_img_size", False)):
+        if option in known:
+            arguments[option] = value
+    return arguments
+
+
+def _parameters(network: type) -> set[str]:
+    """Names of a class's arguments, those that it hands on to its bases included."""
+    found: set[str] = set()
+    for base in network.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = signature(base.__init__).parameters.values()
+        found |= {parameter.name for parameter in parameters}
+        if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+def _weights(pretrained: bool | str | Path | Mapping[str, Tensor]) -> dict[str, Any]:
+    if isinstance(pretrained, bool):
+        return {"pretrained": pretrained}
+    if isinstance(pretrained, Mapping):
+        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(pretrained)}}
+    if not Path(pretrained).is_file():
+        raise UsageError(f"there is no weights file at {pretrained}")
+    return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(pretrained)}}
+
+
+def _check_loaded(network: nn.Module, name: str, source: Mapping[str, Any]) -> None:
+    """Raises UsageError unless most of a network's weights came out of a file.
+
+    timm loads what is asked for maps loosely: a file of another network would leave it as it was, in silence. Filters
+    rename and reshape, so values are looked for, not names.
+    """
+    network.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr]
+    given = source.get("state_dict") or {}
+    if "file" in source and not source["file"].endswith((".npz", ".npy")):
+        given = load_state_dict(source["file"], weights_only=True)
+    found = {_print(value) for value in given.values() if isinstance(value, Tensor) and value.ndim >= 2}
+    own = [_print(parameter) for parameter in network.parameters() if parameter.ndim >= 2]
+    count = sum(value in found for value in own)
+    if given and 2 * count < len(own):
+        raise UsageError(
+            f"the weights do not fit backbone {name!r}: of its {len(own)} matrices and kernels only {count} are in "
+            f"{source.get('file', 'them')}. Give the backbone and options that they were made with"
+        )
+
+
+def _print(value: Tensor) -> tuple[int, float]:
+    flat = value.detach().float().flatten()
+    return flat.numel(), float(flat[:64].double().sum()) if flat.numel() else 0.0
+
+
+def _layout(map_: Tensor, channels: int, network: Any, name: str) -> str:
+    """Which layout a map of `channels` has: "NCHW", "NHWC" or "NLC", tokens of a grid."""
+    if map_.ndim == 3 and map_.shape[2] == channels:
+        return "NLC"
+    first, last = map_.ndim == 4 and map_.shape[1] == channels, map_.ndim == 4 and map_.shape[3] == channels
+    if first and last:
+        # Its sides are as long as it has channels: only the network can tell.
+        return "NHWC" if str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC") else "NCHW"
+    if not first and not last:
+        raise UsageError(
+            f"backbone {name!r} answers {tuple(map_.shape)} where a map of {channels} channels is needed. "
+            "Choose another one"
+        )
+    return "NCHW" if first else "NHWC"
+
+
+def _as_map(map_: Tensor, layout: str, level: int, size: Sequence[int]) -> Tensor:
+    """A map of any layout, of images of `size`, as (B, C, h, w); tokens before those of the grid are left out."""
+    if layout == "NHWC":
+        return map_.permute(0, 3, 1, 2)
+    if layout == "NLC":
+        height, width = -(-size[0] // level), -(-size[1] // level)
+        return map_[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
+    return map_
+
+
+def _rounded(size: tuple[int, int], step: int) -> tuple[int, int]:
+    """The multiples of `step` that are not below a size."""
+    return -(-size[0] // step) * step, -(-size[1] // step) * step
