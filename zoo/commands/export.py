@@ -6,8 +6,9 @@ from zoo.commands.arguments import Parser, need
 from zoo.errors import UsageError
 
 _ABOUT = """Writes a run's network as one ONNX file: uint8 images in, normalisation inside. A classifier gives logits; a
-detector of defects takes images of any size and gives a score and a map, with its threshold in the metadata. The file
-appears only after onnxruntime has computed with it what torch computes."""
+detector of defects takes images of any size and gives a score and a map, with its threshold in the metadata; a
+segmentation network gives logits for every pixel. The file appears only after onnxruntime has computed with it what
+torch computes."""
 
 
 def run(command: str, arguments: list[str]) -> None:

@@ -28,6 +28,8 @@ DOES = {
     "classification": "prints the most probable classes of each image and writes\nresults/predictions.csv.",
     "anomaly_detection": "says of each image whether it is good or defect, writes\n"
     "results/predictions.csv, and a picture of where the defects are into results/heatmaps.",
+    "segmentation": "names the class of every pixel: writes results/predictions.csv with the\n"
+    "share of each class, masks of class numbers into results/masks, and pictures into results/overlays.",
 }
 
 

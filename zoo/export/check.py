@@ -11,6 +11,10 @@ from torch import nn
 from zoo.export.graphs import Graph
 
 
+# Share of pixels whose two largest logits may be so close that rounding decides.
+OTHER_CLASS = 1e-4
+
+
 class ExportError(RuntimeError):
     """The network cannot be exported, or the exported graph computes something else than torch."""
 
@@ -39,7 +43,7 @@ class Check:
         images = check_images(case[0], case[1:], seed)
         expected = outputs_of(self.network, images)
         if not all(np.isfinite(values).all() for values in expected):
-            kind = "logits" if self.graph.task == "classification" else "maps"
+            kind = "maps" if self.graph.task == "anomaly_detection" else "logits"
             raise ExportError(f"the network itself gives NaN or infinite {kind}: its weights are damaged")
         place = f"a batch of {case[0]}" + (f" of {case[3]}x{case[2]} pixels" if 2 in self.graph.free else "")
         try:
@@ -59,7 +63,18 @@ class Check:
                 f"onnxruntime and torch differ by {difference:.2e} on {place}, which is {relative:.1e} of the largest "
                 f"{self.graph.unit} and more than the {self.tolerance:.0e} allowed; no file was written"
             )
+        if self.graph.task == "segmentation":
+            self._compare_classes(actual[0], expected[0], place)
         return difference, relative
+
+    def _compare_classes(self, actual: np.ndarray, expected: np.ndarray, place: str) -> None:
+        # Only where the two largest logits are as close as the error may the class be another.
+        others = actual.argmax(1) != expected.argmax(1)
+        if others.mean() > OTHER_CLASS:
+            raise ExportError(
+                f"onnxruntime and torch name different classes in {int(others.sum())} of {others.size} pixels of "
+                f"{place}, more than the {OTHER_CLASS:.2%} allowed; no file was written"
+            )
 
     def _error(self, actual: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
         difference = float(np.abs(actual - expected).max())

@@ -11,7 +11,7 @@ from zoo.errors import UsageError, unknown
 from zoo.export.anysize import AnySize
 
 # The graph is traced with 2 images: 1 catches a squeezed batch, the others one that was frozen.
-_BATCH_SIZES = {"classification": (1, 3, 8), "anomaly_detection": (1, 3)}
+_BATCH_SIZES = {"classification": (1, 3, 8), "anomaly_detection": (1, 3), "segmentation": (1, 3)}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Graph:
 
     def network(self, task: nn.Module) -> nn.Module:
         """The task as a network of one input."""
-        return _Inference(task) if self.task == "classification" else AnySize(task, self.shape[1:], self.pad)
+        return AnySize(task, self.shape[1:], self.pad) if self.task == "anomaly_detection" else _Inference(task)
 
     def example(self) -> Tensor:
         """Images to trace with; no free dimension has the size of another or of the model."""
@@ -58,6 +58,8 @@ class Graph:
     def shapes(self, case: Sequence[int]) -> list[tuple[int, ...]]:
         """What the outputs have to measure for images of a shape."""
         batch, _, height, width = case
+        if self.task == "segmentation":
+            return [(batch, self.classes, height, width)]
         return [(batch, self.classes)] if self.task == "classification" else [(batch,), (batch, 1, height, width)]
 
 
@@ -77,6 +79,9 @@ def graph_of(meta: Mapping[str, Any], data: Mapping[str, Any]) -> Graph:
         # Tiles are stretched to the model's size, whatever becomes of whole images.
         pad = data.get("resize") == "pad" and data.get("tile") is None
         return Graph("anomaly_detection", ("score", "map"), free, shape, 0, floor, "map value", pad)
+    if meta["task"] == "segmentation":
+        free = {0: "batch", 2: "height", 3: "width"} if meta["any_size"] else {0: "batch"}
+        return Graph("segmentation", ("logits",), free, shape, len(meta["class_names"]), 1.0, "logit")
     raise unknown("task", meta["task"], _BATCH_SIZES)
 
 

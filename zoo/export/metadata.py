@@ -52,7 +52,6 @@ def build_metadata(meta: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str
         meta: what the task's `export_meta` returns.
         data: hyperparameters of the data module.
     """
-    own = _of_anomaly_detection if meta["task"] == "anomaly_detection" else _of_classification
     return {
         "zoo.format": str(FORMAT),
         "zoo.task": str(meta["task"]),
@@ -61,7 +60,7 @@ def build_metadata(meta: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str
         "zoo.in_chans": str(int(meta["in_chans"])),
         "zoo.mean": json.dumps(list(meta["mean"])),
         "zoo.std": json.dumps(list(meta["std"])),
-        **own(meta, data),
+        **_OWN[meta["task"]](meta, data),
         "zoo.options": json.dumps({k: meta.get(k) for k in ("attn", "attn_options", "backbone_options")}),
         "zoo.versions": json.dumps(versions()),
     }
@@ -92,6 +91,27 @@ def _of_anomaly_detection(meta: Mapping[str, Any], data: Mapping[str, Any]) -> d
         "zoo.tile": json.dumps(None if tile is None else int(tile)),
         "zoo.tile_overlap": json.dumps(None if tile is None else data.get("tile_overlap")),
     }
+
+
+def _of_segmentation(meta: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
+    size = data.get("eval_size")
+    return {
+        "zoo.head": str(meta["head"]),
+        "zoo.class_names": json.dumps(list(meta["class_names"]), ensure_ascii=False),
+        "zoo.palette": json.dumps([list(colour) for colour in meta["palette"]]),
+        "zoo.any_size": json.dumps(bool(meta["any_size"])),
+        "zoo.window": json.dumps(meta["window"]),
+        "zoo.window_overlap": json.dumps(meta["window_overlap"]),
+        # Images are resized to it, as validation's were; null leaves them as they are.
+        "zoo.eval_size": json.dumps([size, size] if isinstance(size, int) else size),
+    }
+
+
+_OWN = {
+    "classification": _of_classification,
+    "anomaly_detection": _of_anomaly_detection,
+    "segmentation": _of_segmentation,
+}
 
 
 def versions() -> dict[str, str]:

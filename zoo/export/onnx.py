@@ -71,7 +71,9 @@ def to_onnx(
     """Writes one ONNX file of `images` uint8 (batch, C, H, W), any batch size.
 
     Classification: `logits` float32 (batch, classes), of images at the model's own size. Anomaly detection: `score`
-    float32 (batch,) and `map` float32 (batch, 1, H, W), of images of any size.
+    float32 (batch,) and `map` float32 (batch, 1, H, W), of images of any size. Segmentation: `logits` float32
+    (batch, classes, H, W), of images of any size where the encoder takes any, else of its own; windows, which larger
+    images are looked at through, are the business of the program that runs the file.
 
     Normalisation is inside the graph, and the metadata says what running it on pictures takes. The file gets its name
     only after onnxruntime has computed with it what torch computes; on any failure nothing is left behind, and a file
@@ -123,8 +125,10 @@ def to_onnx(
 def _refuse_options_of_others(graph: Graph, preprocess: Mapping[str, Any] | None, half: bool) -> None:
     if graph.task == "anomaly_detection" and preprocess:
         raise UsageError("preprocess: an anomaly detector resizes inside its graph; leave these options away")
-    if graph.task == "classification" and half:
-        raise UsageError("half: 16-bit weights are for anomaly detection; export this classifier without them")
+    if graph.task == "segmentation" and preprocess:
+        raise UsageError("preprocess: segmentation takes images as they are; leave these options away")
+    if graph.task != "anomaly_detection" and half:
+        raise UsageError("half: 16-bit weights are for anomaly detection; export this model without them")
 
 
 def _fused(task: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """What is measured of a segmentation: always from one table of all pixels, by outlines on request."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
@@ -9,7 +9,7 @@ from zoo.errors import unknown
 from zoo.metrics import BoundaryF1, DicePerImage, DiceScore, HausdorffDistance95, MeanIoU
 
 # Those on request look at images one by one, the outlines on the CPU: seconds for each hundred megapixels.
-EXTRA: dict[str, type[Metric]] = {
+EXTRA: dict[str, Callable[..., Metric]] = {
     "boundary_f1": BoundaryF1,
     "hd95": HausdorffDistance95,
     "dice_image": DicePerImage,
@@ -31,7 +31,7 @@ class Measures(nn.Module):
         for name in extra:
             if name not in EXTRA:
                 raise unknown("metric", name, EXTRA)
-        shared = {"iou": MeanIoU, "dice": DiceScore}
+        shared: dict[str, Callable[..., Metric]] = {"iou": MeanIoU, "dice": DiceScore}
         # Said outright who shares a state: torchmetrics would guess it from the first batch.
         self.metrics = MetricCollection(
             {name: kind(num_classes, ignore_index) for name, kind in (shared | {k: EXTRA[k] for k in extra}).items()},

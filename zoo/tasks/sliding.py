@@ -32,7 +32,7 @@ def check_window(window: tuple[int, int] | None, overlap: int | None) -> int | N
 
 
 def ramp(length: int, overlap: int) -> Tensor:
-    """Weight float32 (length,) of a window's pixels along an axis: min(1, (distance to the nearer end + 0.5) / overlap)."""
+    """Weights float32 (length,) of a window's pixels along an axis: min(1, (distance to its end + 0.5) / overlap)."""
     step = torch.arange(length, dtype=torch.float32) + 0.5
     return (torch.minimum(step, length - step) / max(overlap, 1)).clamp(max=1)
 

@@ -84,5 +84,6 @@ def _show(axes: Any, pixels: np.ndarray) -> None:
     axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
-def _matplotlib(colour: Sequence[int]) -> tuple[float, ...]:
-    return tuple(part / 255 for part in colour)
+def _matplotlib(colour: Sequence[int]) -> tuple[float, float, float]:
+    red, green, blue = colour
+    return red / 255, green / 255, blue / 255

@@ -1,4 +1,4 @@
-"""What a run of segmentation leaves: its record with every class, a table, pictures and one HTML page with all of it."""
+"""What a run of segmentation leaves: its record with every class, a table, pictures and a page with all of it."""
 
 import math
 import re
@@ -18,8 +18,8 @@ from zoo.tasks.callbacks.segmentation_pictures import draw_example
 _NAMES = {"miou": "mIoU", "iou": "IoU", "dice": "Dice", "pixel_accuracy": "pixel accuracy", "loss": "loss"}
 _NAMES |= {"boundary_f1": "boundary F1", "hd95": "HD95 (pixels)", "dice_image": "Dice by image"}
 _REMARK = (
-    "From all pixels of all images together; pixels without a class count for nothing. A class that neither an image nor "
-    "a prediction shows has no value."
+    "IoU and Dice from all pixels of all images together; pixels without a class count for nothing. A class that "
+    "neither an image nor a prediction shows has no value."
 )
 _STAGES = {"val": ("Validation", "validation.html"), "test": ("Test", "report.html")}
 
