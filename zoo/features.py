@@ -192,9 +192,15 @@ class FeaturePyramid(nn.Module):
                 return False
             return True
 
+        multiples = _multiples(self.img_size, fits)
+        if multiples:
+            return multiples
+        square = (max(self.img_size),) * 2
+        if square != self.img_size and fits(square):
+            return f"give squares, for instance {square[0]} x {square[0]}"
         own = own_size(self.name)
         other = f"{short(error)}. Give img_size={list(own)}, which it was made for" if own != self.img_size else ""
-        return _multiples(self.img_size, fits) or other or short(error)
+        return other or short(error)
 
     def _taken(self, size: tuple[int, int]) -> str:
         """Sizes near `size` that the network takes as it is, in words."""
