@@ -1,7 +1,7 @@
 """Maps of any of timm's networks at the levels that a head asks for, whatever ladder the network itself has."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from zoo.errors import UsageError, unknown
 
 # What timm's networks raise over an option, a size or weights that do not fit.
 BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError)
-_SIDES = (2, 4, 8, 14, 16, 32, 64, 224)
+_STEPS = (2, 4, 8, 14, 16, 32, 64)
 
 
 class FeaturePyramid(nn.Module):
@@ -182,28 +182,31 @@ class FeaturePyramid(nn.Module):
 
     def _made_for(self, error: Exception) -> str:
         """Sizes near `img_size` that the network can be made for, in words."""
-        for step in _SIDES:
-            size = _rounded(self.img_size, step)
-            if size == self.img_size:
-                continue
-            arguments = dict(self._arguments)
-            if "img_size" in arguments:
-                arguments["img_size"] = size
+
+        def fits(size: tuple[int, int]) -> bool:
+            known = {"img_size": size} if "img_size" in self._arguments else {}
             try:
-                self._quietly(self._made(arguments, False), torch.zeros(1, self.in_chans, *size))
+                network = self._made({**self._arguments, **known}, False)
+                self._quietly(network, torch.zeros(1, self.in_chans, *size))
             except BUILD_ERRORS:
-                continue
-            return f"give multiples of {step}, for instance {size[0]} x {size[1]}"
-        return f"{short(error)}. It was made for {' x '.join(map(str, own_size(self.name)))}"
+                return False
+            return True
+
+        multiples = _multiples(self.img_size, fits)
+        if multiples:
+            return multiples
+        square = (max(self.img_size),) * 2
+        if square != self.img_size and fits(square):
+            return f"give squares, for instance {square[0]} x {square[0]}"
+        own = own_size(self.name)
+        other = f"{short(error)}. Give img_size={list(own)}, which it was made for" if own != self.img_size else ""
+        return other or short(error)
 
     def _taken(self, size: tuple[int, int]) -> str:
         """Sizes near `size` that the network takes as it is, in words."""
-        for step in _SIDES:
-            near = _rounded(size, step)
-            if near != size and self.takes(near):
-                return f"give multiples of {step}, for instance {near[0]} x {near[1]}"
         height, width = self.img_size
-        return f"it was made for {height} x {width} alone. Give img_size={list(size)}, or windows of its own size"
+        alone = f"it was made for {height} x {width} alone. Give img_size={list(size)}, or windows of its own size"
+        return _multiples(size, self.takes) or alone
 
 
 def check_backbone_name(name: str) -> None:
@@ -388,6 +391,10 @@ def _as_map(map_: Tensor, layout: str, level: int, size: Sequence[int]) -> Tenso
     return map_
 
 
-def _rounded(size: tuple[int, int], step: int) -> tuple[int, int]:
-    """The multiples of `step` that are not below a size."""
-    return -(-size[0] // step) * step, -(-size[1] // step) * step
+def _multiples(size: tuple[int, int], fits: Callable[[tuple[int, int]], bool]) -> str:
+    """A sentence that names the smallest step whose multiples around a size fit; "" if there is none."""
+    for step in _STEPS:
+        near = -(-size[0] // step) * step, -(-size[1] // step) * step
+        if near != size and fits(near) and fits((near[0] + step, near[1] + 3 * step)):
+            return f"give multiples of {step}, for instance {near[0]} x {near[1]}"
+    return ""
