@@ -10,7 +10,6 @@ from torch import nn
 
 from zoo.export.graphs import Graph
 
-
 # Share of pixels whose two largest logits may be so close that rounding decides.
 OTHER_CLASS = 1e-4
 

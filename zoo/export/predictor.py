@@ -29,6 +29,8 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif",
 ORIENTATION = 0x0112  # the EXIF tag
 ROWS = 50  # a longer table is cut on the terminal when the CSV file holds all of it
 INNER = 1 << 19  # pixels at a time at a detector's own size: a bank's distances take a hundred times their memory
+LOGITS = 1 << 24  # at a time, pixels x classes of a segmentation: what its layers make takes ten times their memory
+WINDOW = 512  # side of the windows that an image too large for that is looked at through
 PIXELS = 1 << 22  # at a time, of images or tiles of any size: what the model makes of more would not fit everywhere
 
 
@@ -75,9 +77,7 @@ class Classification:
             raise ValueError(f"{image.width}x{image.height} is too long and thin to be resized")
         if tuple(size) != sides:
             image = image.resize((size[1], size[0]), self.resample)
-        image = centre(image, self.img_size, self.fill if self.crop_mode == "border" else None)
-        pixels = np.asarray(image, dtype=np.uint8)
-        return np.ascontiguousarray(np.moveaxis(pixels, 2, 0) if pixels.ndim == 3 else pixels[None])
+        return _planes(centre(image, self.img_size, self.fill if self.crop_mode == "border" else None))
 
     def answers(self, batch: list[np.ndarray], run: Callable, top: int, batch_size: int) -> Iterator[Prediction]:
         """One result per image of `fit`; `run` is the model."""
@@ -109,6 +109,12 @@ class Classification:
         width = min(max(map(len, self.class_names)), 30)
         others = ", ".join(f"{label} {probability:.1%}" for label, probability in result.top[1:])
         return f"{result.label:<{width}}  {result.probability:6.1%}" + (f"  ({others})" if others else "")
+
+
+def _planes(image: Image.Image) -> np.ndarray:
+    """uint8 (C, H, W)."""
+    pixels = np.asarray(image, dtype=np.uint8)
+    return np.ascontiguousarray(np.moveaxis(pixels, 2, 0) if pixels.ndim == 3 else pixels[None])
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,8 @@ class AnomalyDetection:
     """How an anomaly detector is run on pictures of any size, what its outputs mean, and how they are shown."""
 
     class_names = ("good", "defect")
+    folders = ("heatmaps",)
+    made = "heat maps"
 
     def __init__(self, metadata: dict[str, str]):
         height, width = json.loads(metadata["zoo.img_size"])
@@ -195,12 +203,13 @@ class AnomalyDetection:
         The model sees each tile at its own input size, so its threshold holds for tiles of the size it was trained on.
 
         Args:
-            tile: side in pixels.
+            tile: side in pixels; the present one when absent.
             overlap: pixels that neighbours share at least; a quarter of the tile when absent.
 
         Raises:
             PredictorError: no such tiling.
         """
+        tile = self.tile if tile is None else tile
         if tile is None or tile < 2:
             raise PredictorError(f"a tile of {tile} pixels: tiles have at least 2 (--tile N)")
         overlap = tile // 4 if overlap is None else int(overlap)
@@ -210,8 +219,7 @@ class AnomalyDetection:
 
     def fit(self, image: Image.Image) -> np.ndarray:
         """Pixels, uint8 (C, H, W), of an upright image at its own size."""
-        pixels = np.asarray(image, dtype=np.uint8)
-        return np.ascontiguousarray(np.moveaxis(pixels, 2, 0) if pixels.ndim == 3 else pixels[None])
+        return _planes(image)
 
     def answers(self, batch: list[np.ndarray], run: Callable, top: int, batch_size: int) -> Iterator[Inspection]:
         """One result per image of `fit`, in order; images of one size in a row go through the model together."""
@@ -261,6 +269,10 @@ class AnomalyDetection:
         total /= weight
         return best, total[:height, :width]
 
+    def pictures(self, result: Inspection) -> tuple[Image.Image, ...]:
+        """One for each of `folders`."""
+        return (result.overlay(),)
+
     def columns(self) -> list[str]:
         """Of the CSV file, after the path."""
         return ["score", "label", "area"]
@@ -292,7 +304,153 @@ def tile_ramp(tile: int, overlap: int) -> np.ndarray:
     return np.minimum(to_the_end / max(overlap, 1), 1.0).astype(np.float32)
 
 
-TASKS: dict[str, type] = {"classification": Classification, "anomaly_detection": AnomalyDetection}
+@dataclass(frozen=True)
+class Segments:
+    """What a segmentation model says about one image.
+
+    Attributes:
+        classes: (H, W), class numbers: uint8, or uint16 where there are more than 256 classes.
+        shares: of the image's pixels, 0 to 1, for each class.
+        palette: a colour (red, green, blue) for each class.
+        pixels: the image, uint8 (C, H, W).
+    """
+
+    classes: np.ndarray
+    shares: tuple[float, ...]
+    palette: np.ndarray
+    pixels: np.ndarray
+
+    def mask(self) -> Image.Image:
+        """Class numbers as a picture: with the colours of the classes as its palette where 8 bits are enough."""
+        picture = Image.fromarray(self.classes)
+        if self.classes.dtype == np.uint8:
+            picture.putpalette(self.palette.tobytes())
+        return picture
+
+    def overlay(self) -> Image.Image:
+        """The image with the colours of the classes laid over it by half."""
+        photo = np.moveaxis(np.broadcast_to(self.pixels, (3, *self.classes.shape)), 0, 2)
+        return Image.blend(Image.fromarray(photo.copy()), Image.fromarray(self.palette[self.classes]), 0.5)
+
+
+class Segmentation:
+    """How a segmentation model is run on pictures of any size, what its outputs mean, and how they are shown."""
+
+    folders = ("masks", "overlays")
+    made = "masks and overlays"
+
+    def __init__(self, metadata: dict[str, str]):
+        height, width = json.loads(metadata["zoo.img_size"])
+        self.img_size = (int(height), int(width))
+        self.class_names: list[str] = json.loads(metadata["zoo.class_names"])
+        self.palette = np.array(json.loads(metadata["zoo.palette"]), np.uint8).reshape(len(self.class_names), 3)
+        self.any_size = bool(json.loads(metadata["zoo.any_size"]))
+        window = json.loads(metadata["zoo.window"])
+        self.window = (int(window[0]), int(window[1])) if window else None
+        self.overlap = int(json.loads(metadata["zoo.window_overlap"]) or 0)
+        self.eval_size = json.loads(metadata["zoo.eval_size"])
+
+    def use_tiles(self, tile: int | None, overlap: int | None = None) -> None:
+        """Looks through windows of so many pixels from now on, or with another overlap.
+
+        Raises:
+            PredictorError: no such windows.
+        """
+        window = self.window if tile is None else (tile, tile)
+        if window is None:
+            raise PredictorError("an overlap without windows: give their side too (--tile N)")
+        if not self.any_size and window != self.img_size:
+            height, width = self.img_size
+            raise PredictorError(
+                f"windows of {tile} pixels: this model takes {height} x {width} alone; leave --tile out"
+            )
+        overlap = min(window) // 4 if overlap is None else overlap
+        if min(window) < 2 or not 0 <= overlap <= min(window) // 2:
+            raise PredictorError(f"windows of {min(window)} pixels have at least 2 and share 0 to {min(window) // 2}")
+        self.window, self.overlap = window, overlap
+
+    def fit(self, image: Image.Image) -> np.ndarray:
+        """Pixels, uint8 (C, H, W), of an upright image at its own size."""
+        return _planes(image)
+
+    def answers(self, batch: list[np.ndarray], run: Callable, top: int, batch_size: int) -> Iterator[Segments]:
+        """One result per image of `fit`, in order; images of one size in a row go through the model together."""
+        while batch:
+            seen = [self._resized(image) for image in batch]
+            pixels = seen[0][0].size
+            if self.window is not None or pixels > 1 << 20 or pixels * len(self.class_names) > LOGITS:
+                yield self._segments(self._by_windows(seen[0], run, batch_size), batch[0])
+                batch = batch[1:]
+                continue
+            same = _of_one_shape(seen[: max(1, min(batch_size, LOGITS // (pixels * len(self.class_names))))])
+            for image, logits in zip(batch, run(np.stack(same))[0], strict=False):
+                yield self._segments(logits.argmax(0), image)
+            batch = batch[len(same) :]
+
+    def _resized(self, image: np.ndarray) -> np.ndarray:
+        if self.eval_size is None or list(image.shape[1:]) == self.eval_size:
+            return image
+        height, width = self.eval_size
+        picture = Image.fromarray(np.moveaxis(image, 0, 2) if len(image) == 3 else image[0])
+        return _planes(picture.resize((width, height), Image.Resampling.BILINEAR))
+
+    def _segments(self, classes: np.ndarray, image: np.ndarray) -> Segments:
+        if classes.shape != image.shape[1:]:
+            rows, columns = (
+                np.minimum(((np.arange(to) + 0.5) * (of / to)).astype(np.int64), of - 1)
+                for to, of in zip(image.shape[1:], classes.shape, strict=True)
+            )
+            classes = classes[rows[:, None], columns]
+        counts = np.bincount(classes.ravel(), minlength=len(self.class_names))
+        kind = np.uint8 if len(self.class_names) <= 256 else np.uint16
+        return Segments(classes.astype(kind), tuple((counts / classes.size).tolist()), self.palette, image)
+
+    def _by_windows(self, image: np.ndarray, run: Callable, batch_size: int) -> np.ndarray:
+        """Classes (H, W): the largest weighted sum of the logits of all windows there, held for one row of them."""
+        window, overlap = (self.window, self.overlap) if self.window else ((WINDOW, WINDOW), WINDOW // 4)
+        (height, width), size = window, image.shape[1:]
+        # An image smaller than a window is continued by its edge.
+        image = np.pad(image, ((0, 0), (0, max(height - size[0], 0)), (0, max(width - size[1], 0))), mode="edge")
+        weights = tile_ramp(height, overlap)[:, None] * tile_ramp(width, overlap)
+        tops, lefts = tile_starts(image.shape[1], height, overlap), tile_starts(image.shape[2], width, overlap)
+        at_once = max(1, min(batch_size, LOGITS // (height * width * len(self.class_names) * 4)))
+        found = np.empty(image.shape[1:], np.uint16)
+        band = np.zeros((len(self.class_names), height, image.shape[2]), np.float32)
+        for top, below in zip(tops, [*tops[1:], tops[-1] + height], strict=True):
+            for first in range(0, len(lefts), at_once):
+                some = lefts[first : first + at_once]
+                (logits,) = run(np.stack([image[:, top : top + height, x : x + width] for x in some]))
+                for x, values in zip(some, logits, strict=True):
+                    band[:, :, x : x + width] += weights * values
+            done = below - top
+            found[top:below] = band[:, :done].argmax(0)
+            band[:, : height - done] = band[:, done:].copy()
+            band[:, height - done :] = 0
+        return found[: size[0], : size[1]]
+
+    def pictures(self, result: Segments) -> tuple[Image.Image, ...]:
+        """One for each of `folders`."""
+        return result.mask(), result.overlay()
+
+    def columns(self) -> list[str]:
+        """Of the CSV file, after the path: the classes."""
+        return list(self.class_names)
+
+    def cells(self, result: Segments) -> list[str]:
+        """The values under `columns`: shares of the image."""
+        return [f"{share:.6f}" for share in result.shares]
+
+    def text(self, result: Segments) -> str:
+        """The line of one image on the terminal: its largest classes."""
+        largest = sorted(range(len(result.shares)), key=lambda n: -result.shares[n])[:5]
+        return ", ".join(f"{self.class_names[n]} {result.shares[n]:.1%}" for n in largest if result.shares[n])
+
+
+TASKS: dict[str, type] = {
+    "classification": Classification,
+    "anomaly_detection": AnomalyDetection,
+    "segmentation": Segmentation,
+}
 
 
 class Predictor:
@@ -334,7 +492,7 @@ class Predictor:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, in the order of the logits; good and defect of an anomaly detector."""
+        """Names of the classes, in the order of their numbers; good and defect of an anomaly detector."""
         return list(self.output.class_names)
 
     def _open(self, path: Path, providers: Sequence[str] | None) -> tuple[dict[str, str], Callable]:
@@ -382,7 +540,7 @@ class Predictor:
             raise RuntimeError(f"the model failed on a batch of shape {batch.shape}: {error}") from error
 
     def predict(self, images: Any, top: int = 5, batch_size: int = 32) -> list[Any]:
-        """One result per image, in order: a Prediction with the `top` classes, or an Inspection.
+        """One result per image, in order: a Prediction with the `top` classes, an Inspection, or Segments.
 
         Args:
             images: one image, or a sequence of them, each as `preprocess` takes it.
@@ -649,7 +807,7 @@ def _refuse(arguments: argparse.Namespace, names: Iterable[str], kind: str) -> N
 
 
 def _classify(arguments: argparse.Namespace, predictor: Predictor) -> None:
-    _refuse(arguments, ("tile", "overlap"), "defects")
+    _refuse(arguments, ("tile", "overlap"), "defects or segmentation")
     top = arguments.top or 5
     paths = find_images(arguments.images)
     targets = labelled(paths, predictor.class_names) if arguments.labels else {}
@@ -681,30 +839,33 @@ def _classify(arguments: argparse.Namespace, predictor: Predictor) -> None:
 
 def _inspect(arguments: argparse.Namespace, predictor: Predictor) -> None:
     _refuse(arguments, ("top", "labels"), "classes")
+    output = predictor.output
     if arguments.tile or arguments.overlap:
-        predictor.output.use_tiles(arguments.tile or predictor.output.tile, arguments.overlap)
+        output.use_tiles(arguments.tile, arguments.overlap)
     paths = find_images(arguments.images)
-    progress, labels = Progress(len(paths)), Counter[str]()
+    progress, seen = Progress(len(paths)), Counter[str]()
     width = min(max(len(str(path)) for path in paths), 60)
     rows = ROWS if arguments.out else len(paths)
-    folder = Path(arguments.out) / "heatmaps" if arguments.out else None
-    pictures = picture_names(paths)
-    with _table(arguments.out, ["path", *predictor.output.columns()]) as write:
+    folders = [Path(arguments.out) / name for name in output.folders] if arguments.out else []
+    names = picture_names(paths)
+    with _table(arguments.out, ["path", *output.columns()]) as write:
         for number, (path, result) in enumerate(_results(arguments, predictor, paths, progress, 1)):
             if isinstance(result, Exception):
                 continue
-            labels[result.label] += 1
-            if folder is not None:
-                _save(result.overlay(), folder / pictures[path])
-            write([str(path), *predictor.output.cells(result)])
+            seen[getattr(result, "label", "")] += 1
+            for folder, picture in zip(folders, output.pictures(result) if folders else (), strict=True):
+                _save(picture, folder / names[path])
+            write([str(path), *output.cells(result)])
             if number < rows:
-                print(f"{path!s:<{width}}  {predictor.output.text(result)}", flush=True)
+                print(f"{path!s:<{width}}  {output.text(result)}", flush=True)
     if 0 < rows < len(paths):
         print(f"... and {len(paths) - rows:,} more")
     progress.end()
-    print(f"{labels['defect']:,} defect, {labels['good']:,} good; the threshold is {predictor.output.threshold:.6g}")
-    if folder is not None:
-        print(f"written: {Path(arguments.out) / 'predictions.csv'} and {sum(labels.values()):,} heat maps in {folder}")
+    if predictor.task == "anomaly_detection":
+        print(f"{seen['defect']:,} defect, {seen['good']:,} good; the threshold is {output.threshold:.6g}")
+    if folders:
+        where = " and ".join(map(str, folders))
+        print(f"written: {Path(arguments.out) / 'predictions.csv'} and {seen.total():,} {output.made} in {where}")
 
 
 def picture_names(paths: Sequence[Path]) -> dict[Path, Path]:
@@ -756,15 +917,15 @@ def main(
     parser.add_argument("model", help="the exported model")
     parser.add_argument("images", nargs="+", help="image files, and folders that are searched for images")
     parser.add_argument(
-        "--out", metavar="DIR", help="write predictions.csv, and heat maps of defects, into this folder"
+        "--out", metavar="DIR", help="write predictions.csv, and heat maps, or masks and overlays, into this folder"
     )
     parser.add_argument("--batch", type=_positive, default=32, metavar="N", help="images at a time (default 32)")
     classes = parser.add_argument_group("models of classes")
     classes.add_argument("--top", type=_positive, metavar="K", help="classes per image (default 5)")
     classes.add_argument("--labels", action="store_true", help="images lie in one folder per class: print the accuracy")
-    defects = parser.add_argument_group("models of defects")
-    defects.add_argument("--tile", type=_positive, metavar="N", help="look at tiles of N pixels, not at whole images")
-    defects.add_argument("--overlap", type=_positive, metavar="N", help="pixels that tiles share (default a quarter)")
+    tiles = parser.add_argument_group("models of defects and of segmentation")
+    tiles.add_argument("--tile", type=_positive, metavar="N", help="look at tiles of N pixels, not at whole images")
+    tiles.add_argument("--overlap", type=_positive, metavar="N", help="pixels that tiles share (default a quarter)")
     try:
         arguments = parser.parse_args(argv)
         predictor = open_model(arguments.model)
