@@ -30,3 +30,8 @@ def clean_seed(monkeypatch):
 @pytest.fixture(scope="session")
 def anomaly():
     return load_script("tiny_anomaly")
+
+
+@pytest.fixture(scope="session")
+def segmentation():
+    return load_script("tiny_segmentation")
