@@ -61,7 +61,8 @@ class Scenes(Samples):
         if self.augment is not None:
             pixels, labels = self.augment(pixels, labels, mix("sample", self.seed or 0, epoch, index))
         mask = torch.from_numpy(labels.astype(np.int64))
-        mask[mask == self.classes.void] = self.ignore_index
+        if self.ignore_index != self.classes.void:
+            mask[mask == self.classes.void] = self.ignore_index
         # A copy: what is kept must not change with what a reader does to it.
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
         return {"image": image, "mask": mask, "path": self.scenes[index].path, "blank": blank}
