@@ -45,7 +45,7 @@ class PixelClasses(Metric):
         self.num_classes, self.ignore_index, self.classes = num_classes, ignore_index, chosen
 
     def _checked(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(predicted classes, true ones, where they count), each (B, H, W): int64, int64 (0 where they do not count), bool.
+        """(predicted classes, true ones, where they count), each (B, H, W): int64 (0 where not), int64, bool.
 
         Raises:
             UsageError: other shapes or types, or a class that does not exist.
