@@ -430,18 +430,26 @@ class Counter(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def test_with_a_trainer(root, tmp_path):
-    data, counter = make(root, **CHANGES), Counter()
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = Trainer(accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, **quiet)
+def run(root, data, **options):
+    counter = Counter()
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(accelerator="cpu", max_epochs=2, num_sanity_val_steps=0, **quiet, **options)
     trainer.fit(counter, datamodule=data)
+    return trainer, counter
+
+
+def test_with_a_trainer(root):
+    data = make(root, **CHANGES)
+    trainer, counter = run(root, data)
     trainer.test(counter, datamodule=data, verbose=False)
     assert [epoch for epoch, _, _ in counter.seen["train"]] == [0, 0, 0, 1, 1, 1]
     assert len({sums for _, _, sums in counter.seen["train"]}) == 6
     assert len(counter.seen["val"]) == 10
     assert len(counter.seen["test"]) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*overfit_batches")
+def test_overfit_batches_makes_a_loader_of_its_own(root):
+    _, counter = run(root, make(root), overfit_batches=1)
+    first, second = counter.seen["train"]
+    assert first[1:] == second[1:]
