@@ -14,7 +14,7 @@ from tools.bench.cases import Case, FunctionCase, Unavailable, Workload
 from tools.bench.check import WrongAnswer, check_function, error
 from tools.bench.timing import Memory, Rates, measure
 
-COMPARE = ("timm", "eager", "compile", "graph", "recipe")
+COMPARE = ("timm", "eager", "compile", "fused", "graph", "recipe")
 # So much data in turn does not stay in the cache of a large GPU.
 ROTATED = 192e6
 

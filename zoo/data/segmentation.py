@@ -271,14 +271,14 @@ class Segmentation(LightningDataModule):
         workers = self.hparams.num_workers
         return SceneLoader(
             scenes,
-            sampler,
-            self._blank,
+            sampler=sampler,
             batch_size=batch_size,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.hparams.seed),
             on_unreadable=self._unreadable,
+            on_blank=self._blank,
             **arguments,
         )
 

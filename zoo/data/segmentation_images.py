@@ -11,7 +11,7 @@ from zoo.data.dicts import DictLoader, Refused, unreadable
 from zoo.data.images import open_image
 from zoo.data.labelled import Samples
 from zoo.data.masks import fit_image, size_of
-from zoo.data.sampler import EpochSampler, Unreadable, mix, split_key
+from zoo.data.sampler import Unreadable, mix, split_key
 from zoo.data.segmentation_classes import ClassList, read_classes
 from zoo.data.segmentation_layouts import Scene
 from zoo.errors import UsageError
@@ -61,7 +61,8 @@ class Scenes(Samples):
         if self.augment is not None:
             pixels, labels = self.augment(pixels, labels, mix("sample", self.seed or 0, epoch, index))
         mask = torch.from_numpy(labels.astype(np.int64))
-        mask[mask == self.classes.void] = self.ignore_index
+        if self.ignore_index != self.classes.void:
+            mask[mask == self.classes.void] = self.ignore_index
         # A copy: what is kept must not change with what a reader does to it.
         image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
         return {"image": image, "mask": mask, "path": self.scenes[index].path, "blank": blank}
@@ -108,21 +109,22 @@ class Scenes(Samples):
 
 
 class SceneLoader(DictLoader):
-    """Batches {"image", "mask", "path"}; the samples of an `EpochSampler` over `Scenes`.
+    """Batches {"image", "mask", "path"} of `Scenes`.
 
     Args:
-        on_blank: called with the path of every image of which no pixel has a class.
+        on_blank: called in the main process with the path of every image of which no pixel has a class.
     """
 
-    def __init__(self, scenes: Scenes, sampler: EpochSampler, on_blank: Callable[[str], None], **arguments: Any):
-        super().__init__(scenes, sampler=sampler, **arguments)
+    def __init__(self, *args: Any, on_blank: Callable[[str], None] | None = None, **arguments: Any):
+        super().__init__(*args, **arguments)
         self.on_blank = on_blank
 
     def __iter__(self):
         for batch in super().__iter__():
             blank = batch.pop("blank")
             for path in (path for path, empty in zip(batch["path"], blank.tolist(), strict=True) if empty):
-                self.on_blank(path)
+                if self.on_blank is not None:
+                    self.on_blank(path)
             yield batch
 
 

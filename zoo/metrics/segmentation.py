@@ -45,7 +45,7 @@ class PixelClasses(Metric):
         self.num_classes, self.ignore_index, self.classes = num_classes, ignore_index, chosen
 
     def _checked(self, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(predicted classes, true ones, where they count), each (B, H, W); int64, int64 and bool.
+        """(predicted classes, true ones, where they count), each (B, H, W): int64 (0 where not), int64, bool.
 
         Raises:
             UsageError: other shapes or types, or a class that does not exist.
@@ -61,16 +61,15 @@ class PixelClasses(Metric):
                 f"not belong together: give class numbers (B, H, W), or logits (B, {k}, H, W), and class numbers "
                 "(B, H, W) of the same size"
             )
-        preds, target = preds.long(), target.long()
         valid = target != self.ignore_index
+        preds, target = (values.long().where(valid, 0) for values in (preds, target))
         for what, values in (("truth", target), ("predictions", preds)):
-            wrong = valid & ((values < 0) | (values >= k))
-            if bool(wrong.any()):
-                value = int(values[wrong][0])
-                raise UsageError(
-                    f"the {what} hold class {value} in {int((values[wrong] == value).sum())} pixels; there are {k} "
-                    f"classes, 0 to {k - 1}, and {self.ignore_index} for none"
-                )
+            for value in (int(value) for value in values.aminmax()) if values.numel() else ():
+                if not 0 <= value < k:
+                    raise UsageError(
+                        f"the {what} hold class {value} in {int((values == value).sum())} pixels; there are {k} "
+                        f"classes, 0 to {k - 1}, and {self.ignore_index} for none"
+                    )
         return preds, target, valid
 
     def _mean(self, values: Tensor) -> Tensor:
@@ -96,8 +95,7 @@ class Confusion(PixelClasses):
         Raises:
             UsageError: other shapes or types, or a class that does not exist.
         """
-        preds, target, valid = self._checked(preds, target)
-        self.confusion += table(preds[valid], target[valid], self.num_classes)
+        self.confusion += table(*self._checked(preds, target), self.num_classes)
 
     def _sides(self) -> tuple[Tensor, Tensor, Tensor]:
         """(right, predicted, true) pixels of each class, float64 (K,)."""
@@ -214,7 +212,7 @@ class DicePerImage(PerImage):
     name = "dice_image"
 
     def _values(self, pred: Tensor, true: Tensor, valid: Tensor) -> Tensor:
-        counts = table(pred[valid], true[valid], self.num_classes).double()
+        counts = table(pred, true, valid, self.num_classes).double()
         right, predicted, truly = counts.diagonal(), counts.sum(0), counts.sum(1)
         dice = 2 * right / (predicted + truly)
         for number in torch.nonzero((predicted == 0) | (truly == 0)).flatten().tolist():
@@ -222,6 +220,9 @@ class DicePerImage(PerImage):
         return dice
 
 
-def table(preds: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    """Pixels of each true (row) and predicted (column) class, int64 (K, K), from class numbers (n,)."""
-    return torch.bincount(target * num_classes + preds, minlength=num_classes**2).view(num_classes, num_classes)
+def table(preds: Tensor, target: Tensor, valid: Tensor, num_classes: int) -> Tensor:
+    """Pixels of each true (row) and predicted (column) class, int64 (K, K), from class numbers of any shape."""
+    # Pixels that do not count have a place of their own: to pick out the others would take longer than to count.
+    nowhere = num_classes**2
+    cells = (target * num_classes + preds).where(valid, nowhere).flatten()
+    return torch.bincount(cells, minlength=nowhere + 1)[:nowhere].view(num_classes, num_classes)

@@ -43,7 +43,9 @@ class BinMeans(nn.Module):
         ceil((i + 1) * length / bins)."""
         places = torch.arange(length, device=like.device)
         bins = torch.arange(self.bins, device=like.device)[:, None]
-        inside = (places >= bins * length // self.bins) & (places < -(-(bins + 1) * length // self.bins))
+        inside = (places >= bins * length // self.bins) & (
+            places < (bins * length + length + self.bins - 1) // self.bins
+        )
         return inside.float() / inside.float().sum(1, keepdim=True)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import UsageError
-from zoo.features import resize
+from zoo.features import ceil, resize
 from zoo.heads.segmentation.base import Foreign, SegmentationHead
 from zoo.heads.segmentation.layers import check_share, check_width
 from zoo.heads.segmentation.macmd_layers import ContextBlock, ContextGate, Fusion, UpBlock
@@ -90,7 +90,7 @@ class MACMD(SegmentationHead):
         d3 = self.up[0](deepest, m3.shape[2:])
         d2 = self.up[1](torch.cat([d3, m3], 1), m2.shape[2:])
         d1 = self.up[2](torch.cat([d2, m2], 1), m1.shape[2:])
-        half = (-(-size[0] // 2), -(-size[1] // 2))
+        half = (ceil(size[0], 2), ceil(size[1], 2))
         return [self.up[3](self.fusion(d1, m1, agreed), half), d1, d2]
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor | list[Tensor]:

@@ -21,8 +21,16 @@ class UpConv(nn.Module):
         self.project = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        x = F.interpolate(x, size=(size[0], size[1]), mode="nearest")
-        return self.project(self.norm(self.local(x)).relu())
+        return self.project(self.norm(self.local(nearest(x, size))).relu())
+
+
+def nearest(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Nearest neighbours: (B, C, h, w) -> (B, C, *size). In whole numbers, because torch and other runtimes round
+    where a place falls on the border of two."""
+    rows, columns = (
+        torch.arange(wanted, device=x.device) * given // wanted for wanted, given in zip(size, x.shape[2:], strict=True)
+    )
+    return x.index_select(2, rows).index_select(3, columns)
 
 
 class Agreement(nn.Module):

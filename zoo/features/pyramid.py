@@ -2,20 +2,30 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.models import get_pretrained_cfg, load_state_dict
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from zoo.errors import UsageError, unknown
+from zoo.errors import UsageError
+from zoo.features.networks import (
+    BUILD_ERRORS,
+    build,
+    check_backbone_name,
+    check_loaded,
+    checked_size,
+    level_infos,
+    own_size,
+    short,
+    size_arguments,
+    weight_arguments,
+    weightless,
+)
 
-# What timm's networks raise over an option, a size or weights that do not fit.
-BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError)
+# Sides of the images are tried in multiples of these where one does not fit.
 _STEPS = (2, 4, 8, 14, 16, 32, 64)
 
 
@@ -68,10 +78,10 @@ class FeaturePyramid(nn.Module):
         self.img_size = size or own_size(backbone)
 
         given = {**(backbone_options or {}), "in_chans": in_chans}
-        blank = _blank(backbone, given)
-        infos = _infos(blank, backbone)
+        bare = weightless(backbone, given)
+        infos = level_infos(bare, backbone)
         self.ladder = [int(info["reduction"]) for info in infos]
-        self.plain = len(infos) > 1 and len(set(self.ladder)) == 1 and hasattr(blank, "forward_intermediates")
+        self.plain = len(infos) > 1 and len(set(self.ladder)) == 1 and hasattr(bare, "forward_intermediates")
         missing = [level for level in levels if level not in self.ladder]
         if strict and missing:
             raise UsageError(
@@ -79,7 +89,7 @@ class FeaturePyramid(nn.Module):
                 "those, or leave strict out to have the others made by resizing"
             )
         picks = _even(len(infos), len(levels)) if self.plain else [_nearest(level, self.ladder) for level in levels]
-        self._arguments = {**_size_arguments(backbone, type(blank), size), **given}
+        self._arguments = {**size_arguments(backbone, type(bare), size), **given}
         self._indices = sorted(set(picks))
         self._sources = [self._indices.index(pick) for pick in picks]
         self.reductions = list(levels)
@@ -87,7 +97,13 @@ class FeaturePyramid(nn.Module):
         self._source_chans = [int(infos[index]["num_chs"]) for index in self._indices]
         self._source_levels = [self.ladder[index] for index in self._indices]
         self.channels = [self._source_chans[source] for source in self._sources]
-        self.network = self._made(self._arguments, pretrained)
+        try:
+            self.network = self._made(self._arguments, pretrained)
+        except UsageError as error:
+            # Some refuse a size while they are made. Told nothing of it, they fail at something else.
+            if "img_size" not in self._arguments or self._fits(self.img_size):
+                raise
+            raise self._wrong_size(error) from error
         self._layouts = self._looked_at()
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -117,22 +133,23 @@ class FeaturePyramid(nn.Module):
 
     @property
     def any_size(self) -> bool:
-        """Whether images of other sizes than `img_size` can be given, odd ones included; the first look costs one."""
+        """Whether images of other sizes than `img_size` can be given, odd ones included; the first look costs two."""
         if self._any_size is None:
             height, width = self.img_size
-            self._any_size = self.takes((height + 5, width + 3))
+            sizes = ((height + 5, width + 3), (height * 3 // 4 + 1, width * 3 // 2 + 3))
+            self._any_size = all(self.takes(size) for size in sizes)
         return self._any_size
 
     _any_size: bool | None = None
 
     def _made(self, arguments: Mapping[str, Any], pretrained: bool | str | Path | Mapping[str, Tensor]) -> Any:
-        weights = _weights(pretrained)
+        weights = weight_arguments(pretrained)
         if not self.plain:
             network = build(self.name, features_only=True, out_indices=tuple(self._indices), **arguments, **weights)
         else:
             network = build(self.name, num_classes=0, **arguments, **weights)
         if "pretrained_cfg_overlay" in weights:
-            _check_loaded(network, self.name, weights["pretrained_cfg_overlay"])
+            check_loaded(network, self.name, weights["pretrained_cfg_overlay"])
         if self.plain:
             network.prune_intermediate_layers(self._indices, prune_norm=False, prune_head=True)
         return network
@@ -163,7 +180,7 @@ class FeaturePyramid(nn.Module):
             for map_, layout, level in zip(raw, self._layouts, self._source_levels, strict=True)
         ]
         return [
-            found[source] if native else resize(found[source], (-(-size[0] // level), -(-size[1] // level)))
+            found[source] if native else resize(found[source], (ceil(size[0], level), ceil(size[1], level)))
             for source, native, level in zip(self._sources, self.native, self.reductions, strict=True)
         ]
 
@@ -173,34 +190,30 @@ class FeaturePyramid(nn.Module):
         try:
             found = self._quietly(self.network, image)
         except BUILD_ERRORS as error:
-            height, width = self.img_size
-            raise UsageError(
-                f"backbone {self.name!r} cannot take images of {height} x {width}: {self._made_for(error)}"
-            ) from error
+            raise self._wrong_size(error) from error
         pairs = zip(found, self._source_chans, strict=True)
         return [_layout(map_, channels, self.network, self.name) for map_, channels in pairs]
 
-    def _made_for(self, error: Exception) -> str:
-        """Sizes near `img_size` that the network can be made for, in words."""
+    def _fits(self, size: tuple[int, int]) -> bool:
+        """Whether the network can be made for images of a size."""
+        known = {"img_size": size} if "img_size" in self._arguments else {}
+        try:
+            network = self._made({**self._arguments, **known}, False)
+            self._quietly(network, torch.zeros(1, self.in_chans, *size))
+        except BUILD_ERRORS:
+            return False
+        return True
 
-        def fits(size: tuple[int, int]) -> bool:
-            known = {"img_size": size} if "img_size" in self._arguments else {}
-            try:
-                network = self._made({**self._arguments, **known}, False)
-                self._quietly(network, torch.zeros(1, self.in_chans, *size))
-            except BUILD_ERRORS:
-                return False
-            return True
-
-        multiples = _multiples(self.img_size, fits)
-        if multiples:
-            return multiples
-        square = (max(self.img_size),) * 2
-        if square != self.img_size and fits(square):
-            return f"give squares, for instance {square[0]} x {square[0]}"
-        own = own_size(self.name)
-        other = f"{short(error)}. Give img_size={list(own)}, which it was made for" if own != self.img_size else ""
-        return other or short(error)
+    def _wrong_size(self, error: Exception) -> UsageError:
+        """The network cannot be made for `img_size`: says for which it can."""
+        (height, width), own, side = self.img_size, own_size(self.name), max(self.img_size)
+        advice = _multiples(self.img_size, self._fits)
+        if not advice and height != width and self._fits((side, side)):
+            advice = f"give squares, for instance {side} x {side}"
+        if not advice:
+            made_for = f". Give img_size={list(own)}, which it was made for" if own != self.img_size else ""
+            advice = short(error.__cause__ if isinstance(error.__cause__, Exception) else error) + made_for
+        return UsageError(f"backbone {self.name!r} cannot take images of {height} x {width}: {advice}")
 
     def _taken(self, size: tuple[int, int]) -> str:
         """Sizes near `size` that the network takes as it is, in words."""
@@ -209,62 +222,14 @@ class FeaturePyramid(nn.Module):
         return _multiples(size, self.takes) or alone
 
 
-def check_backbone_name(name: str) -> None:
-    """Raises UsageError, with the closest names, unless timm can make `name`."""
-    if name.partition(":")[0] in ("hf-hub", "local-dir") and ":" in name:
-        return
-    if not timm.is_model(name):
-        raise unknown("backbone", name, timm.list_models())
-
-
-def own_size(name: str) -> tuple[int, int]:
-    """Height and width that a backbone was made for."""
-    config = get_pretrained_cfg(name)
-    return (int(config.input_size[1]), int(config.input_size[2])) if config is not None else (224, 224)
-
-
-def wants_size(name: str) -> bool:
-    """Whether a network is told the size of the images: those made for one, and ours, whose tables then fit it.
-
-    timm's flexible networks are left to their own: few of their filters resize what pretrained files hold.
-    """
-    config = get_pretrained_cfg(name)
-    return name.startswith("zoo_") or (config is not None and config.fixed_input_size)
-
-
-def checked_size(img_size: int | Sequence[int] | None) -> tuple[int, int] | None:
-    """A side, or (height, width), as the latter.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    if img_size is None:
-        return None
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
-        raise UsageError(f"img_size={img_size}: give a positive side, or (height, width)")
-    return size[0], size[1]
-
-
-def build(name: str, **arguments: Any) -> Any:
-    """`timm.create_model`, whose errors become a UsageError."""
-    try:
-        return timm.create_model(name, **arguments)
-    except UsageError:
-        raise
-    except BUILD_ERRORS as error:
-        shown = {key: value for key, value in arguments.items() if key != "pretrained_cfg_overlay"}
-        raise UsageError(f"backbone {name!r} gives no maps with {shown}: {short(error)}") from error
-
-
-def short(error: Exception, limit: int = 300) -> str:
-    """The text of an error on one line."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
-
-
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear: (B, C, h, w) -> (B, C, *size)."""
     return F.interpolate(maps, size=(size[0], size[1]), mode="bilinear", align_corners=False)
+
+
+def ceil(length: int, step: int) -> int:
+    """How many steps cover a length. An exported graph cuts towards zero, so no -(-length // step)."""
+    return (length + step - 1) // step
 
 
 def _checked_levels(levels: Sequence[int]) -> list[int]:
@@ -275,26 +240,6 @@ def _checked_levels(levels: Sequence[int]) -> list[int]:
     return found
 
 
-def _blank(name: str, arguments: Mapping[str, Any]) -> Any:
-    """The network without weights, to look at."""
-    try:
-        with torch.device("meta"):
-            return timm.create_model(name, **arguments)
-    except UsageError:
-        raise
-    except Exception:
-        # Some look at the values of a tensor while they are made; the second error is the one to tell.
-        return build(name, **arguments)
-
-
-def _infos(network: Any, name: str) -> list[dict[str, Any]]:
-    infos = getattr(network, "feature_info", None)
-    infos = list(getattr(infos, "info", infos) or [])
-    if not infos or not all("reduction" in info and "num_chs" in info for info in infos):
-        raise UsageError(f"backbone {name!r} gives no maps: timm knows no levels of it. Choose another one")
-    return infos
-
-
 def _nearest(level: int, ladder: Sequence[int]) -> int:
     """Index of the reduction nearest to a level by ratio; the finer of two, and the last of equal ones."""
     return min(range(len(ladder)), key=lambda index: (abs(math.log(ladder[index] / level)), ladder[index], -index))
@@ -303,66 +248,6 @@ def _nearest(level: int, ladder: Sequence[int]) -> int:
 def _even(blocks: int, count: int) -> list[int]:
     """Numbers of `count` blocks at even depths, the last among them."""
     return [max(0, round((place + 1) * blocks / count) - 1) for place in range(count)]
-
-
-def _size_arguments(name: str, network: type, size: tuple[int, int] | None) -> dict[str, Any]:
-    """What a network wants to be told so that it takes images of `size`, and of others where it can."""
-    known = _parameters(network)
-    arguments: dict[str, Any] = {}
-    if size is not None and wants_size(name):
-        arguments["img_size"] = size
-    for option, value in (("dynamic_img_size", True), ("dynamic_img_pad", True), ("strict_img_size", False)):
-        if option in known:
-            arguments[option] = value
-    return arguments
-
-
-def _parameters(network: type) -> set[str]:
-    """Names of a class's arguments, those that it hands on to its bases included."""
-    found: set[str] = set()
-    for base in network.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        parameters = signature(base.__init__).parameters.values()
-        found |= {parameter.name for parameter in parameters}
-        if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
-            break
-    return found
-
-
-def _weights(pretrained: bool | str | Path | Mapping[str, Tensor]) -> dict[str, Any]:
-    if isinstance(pretrained, bool):
-        return {"pretrained": pretrained}
-    if isinstance(pretrained, Mapping):
-        return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(pretrained)}}
-    if not Path(pretrained).is_file():
-        raise UsageError(f"there is no weights file at {pretrained}")
-    return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(pretrained)}}
-
-
-def _check_loaded(network: nn.Module, name: str, source: Mapping[str, Any]) -> None:
-    """Raises UsageError unless most of a network's weights came out of a file.
-
-    timm loads what is asked for maps loosely: a file of another network would leave it as it was, in silence. Filters
-    rename and reshape, so values are looked for, not names.
-    """
-    network.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr]
-    given = source.get("state_dict") or {}
-    if "file" in source and not source["file"].endswith((".npz", ".npy")):
-        given = load_state_dict(source["file"], weights_only=True)
-    found = {_print(value) for value in given.values() if isinstance(value, Tensor) and value.ndim >= 2}
-    own = [_print(parameter) for parameter in network.parameters() if parameter.ndim >= 2]
-    count = sum(value in found for value in own)
-    if given and 2 * count < len(own):
-        raise UsageError(
-            f"the weights do not fit backbone {name!r}: of its {len(own)} matrices and kernels only {count} are in "
-            f"{source.get('file', 'them')}. Give the backbone and options that they were made with"
-        )
-
-
-def _print(value: Tensor) -> tuple[int, float]:
-    flat = value.detach().float().flatten()
-    return flat.numel(), float(flat[:64].double().sum()) if flat.numel() else 0.0
 
 
 def _layout(map_: Tensor, channels: int, network: Any, name: str) -> str:
@@ -386,7 +271,7 @@ def _as_map(map_: Tensor, layout: str, level: int, size: Sequence[int]) -> Tenso
     if layout == "NHWC":
         return map_.permute(0, 3, 1, 2)
     if layout == "NLC":
-        height, width = -(-size[0] // level), -(-size[1] // level)
+        height, width = ceil(size[0], level), ceil(size[1], level)
         return map_[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
     return map_
 
@@ -394,7 +279,7 @@ def _as_map(map_: Tensor, layout: str, level: int, size: Sequence[int]) -> Tenso
 def _multiples(size: tuple[int, int], fits: Callable[[tuple[int, int]], bool]) -> str:
     """A sentence that names the smallest step whose multiples around a size fit; "" if there is none."""
     for step in _STEPS:
-        near = -(-size[0] // step) * step, -(-size[1] // step) * step
+        near = ceil(size[0], step) * step, ceil(size[1], step) * step
         if near != size and fits(near) and fits((near[0] + step, near[1] + 3 * step)):
             return f"give multiples of {step}, for instance {near[0]} x {near[1]}"
     return ""
