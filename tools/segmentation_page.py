@@ -17,10 +17,10 @@ def page(records: list[dict[str, Any]]) -> str:
         "# Segmentation networks, one program",
         "",
         "Written by `python tools/segmentation_bench.py page` from the records in",
-        "[results/segmentation/](results/segmentation/). Within a table every network had the same images in the same",
-        "order, augmentation, optimizer, schedule, epochs and precision; the weights of the last epoch are judged. `smp.`",
-        "marks networks of segmentation_models_pytorch. Several seeds: mean, and in brackets the smallest and the largest",
-        "value. Each row's command is in its record.",
+        "[results/segmentation/](results/segmentation/). Within a table every network had the same images in the",
+        "same order, augmentation, optimizer, schedule, epochs and precision; the weights of the last epoch are",
+        "judged. `smp.` marks networks of segmentation_models_pytorch. Several seeds: mean, and in brackets the",
+        "smallest and the largest value. Each row's command is in its record.",
     ]
     for program, title in TITLES.items():
         for start, words in STARTS.items():
@@ -81,7 +81,7 @@ def _remarks(records: list[dict[str, Any]]) -> list[str]:
     jobs = max(record["jobs"] for record in records)
     found = [
         f"{' or '.join(map(str, epochs))} epochs; {training}.",
-        f"A training took {min(seconds):.0f} to {max(seconds):.0f} s with up to {jobs} of them on the device at a time.",
+        f"A training took {min(seconds):.0f} to {max(seconds):.0f} s, up to {jobs} of them on the device at a time.",
     ]
     return found + sorted({_machine(record) for record in records})
 

@@ -11,9 +11,13 @@ ROOT = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.yaml"))
 
 
+def img_size(data):
+    return data.init_args.crop_size if "crop_size" in data.init_args else data.init_args.img_size
+
+
 class Cli(LightningCLI):
     def add_arguments_to_parser(self, parser):
-        parser.link_arguments("data.init_args.img_size", "model.init_args.img_size")
+        parser.link_arguments("data", "model.init_args.img_size", compute_fn=img_size)
         parser.link_arguments("data.init_args.in_chans", "model.init_args.in_chans")
 
     def instantiate_classes(self):
@@ -56,7 +60,8 @@ def test_a_recipe_says_what_it_is(name):
     assert set(content) == {"seed_everything", "trainer", "model", "data"}
 
 
-CLASSIFIERS = [name for name in RECIPES if not name.startswith("anomaly/")]
+CLASSIFIERS = [name for name in RECIPES if not name.startswith(("anomaly/", "segmentation/"))]
+SEGMENTERS = [name for name in RECIPES if name.startswith("segmentation/")]
 DETECTORS = [name for name in RECIPES if name.startswith("anomaly/")]
 
 
@@ -71,6 +76,22 @@ def test_a_detector_s_recipe_parses_and_its_teacher_takes_the_images(name):
     assert task.automatic_optimization or cli.config.trainer.max_epochs == 1
     learn = task.detector.loss if task.automatic_optimization else task.detector.update
     learn(torch.rand(2, 3, size, size))
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_a_segmenter_s_recipe_parses_and_its_network_learns(name):
+    cli = parse(name, "--model.init_args.class_names", "[a, b, c]", "--data.init_args.crop_size", "64")
+    task = cli.parser.instantiate_classes(cli.config).model
+    # Nothing is downloaded by a recipe.
+    assert task.hparams["pretrained"] is False
+    task.train()
+    outputs = task.segmenter(torch.rand(2, task.hparams["in_chans"], 64, 64))
+    loss = task._loss(outputs, torch.randint(0, 3, (2, 64, 64)), training=True)
+    loss.backward()
+    assert torch.isfinite(loss)
+    with torch.no_grad():
+        images = torch.zeros(1, task.hparams["in_chans"], 64, 96, dtype=torch.uint8)
+        assert task.eval().inference(images).shape == (1, 3, 64, 96)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)

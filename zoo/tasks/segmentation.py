@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from zoo.data.segmentation import WEIGHTS
 from zoo.data.segmentation_classes import voc_palette
 from zoo.errors import UsageError, unknown
 from zoo.heads import create_segmenter
@@ -285,6 +286,8 @@ def _check_values(given: Mapping[str, Any]) -> None:
     for key in ("palette", "class_weights"):
         if given[key] and not isinstance(given[key], str) and len(given[key]) != len(names):
             raise UsageError(f"{key} has {len(given[key])} entries for {len(names)} classes; give one a class")
+    if isinstance(given["class_weights"], str) and given["class_weights"] not in WEIGHTS:
+        raise unknown("kind of class weights", given["class_weights"], WEIGHTS)
     if given["loss"] not in LOSSES:
         raise unknown("loss", given["loss"], LOSSES)
     check_training_values(given)
