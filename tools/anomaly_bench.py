@@ -293,7 +293,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             [*own, "--threads", str(args.threads)], capture_output=True, text=True, check=True, env=os.environ
         )
     return {
-        "command": shlex.join(["python", "tools/anomaly_bench.py", *public(sys.argv[1:])]),
+        "command": shlex.join(["python", "tools/anomaly_bench.py", *public(args, _plain(args.config))]),
         "config": args.config,
         "split": args.split,
         "seed": args.seed,
@@ -308,6 +308,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "per_image": json.loads(timed.stdout.splitlines()[-1]),
         args.split: measured,
     }
+
+
+def _plain(config: str) -> argparse.Namespace:
+    """The arguments of `run` with nothing but what must be given."""
+    return parser().parse_args(["run", config, "--data", "", "--weights", ""])
 
 
 def _say(text: str) -> None:
