@@ -34,7 +34,8 @@ class MemoryBank(AnomalyHead):
         normalize: whether only the direction of a place's vector counts, not its length, which light changes. The paper
             does without.
         sigma: of the Gaussian that smooths the map, in pixels of the image; 0 for none.
-        top: share of the pixels, the highest, whose mean is the score; 0 for the largest alone.
+        top: share of the places, the farthest, whose mean distance is the score; 0 for the farthest alone. Smoothing
+            has no part in it: a defect of one place would drown.
         seed: of the draws.
 
     Raises:
@@ -101,9 +102,9 @@ class MemoryBank(AnomalyHead):
     def detect(self, features: Sequence[Tensor], size: tuple[int, int]) -> AnomalyOutput:
         places = self.places(features)
         far = nearest(places.permute(0, 2, 3, 1).flatten(0, 2), self.bank, self.neighbours)
-        maps = resize(far.view(places.shape[0], 1, places.shape[2], places.shape[3]), size)
-        maps = gaussian(maps, self.sigma) if self.sigma > 0 else maps
-        return AnomalyOutput(top_mean(maps, self.top), maps)
+        far = far.view(places.shape[0], 1, places.shape[2], places.shape[3])
+        maps = resize(far, size)
+        return AnomalyOutput(top_mean(far, self.top), gaussian(maps, self.sigma) if self.sigma > 0 else maps)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What was seen and is no bank yet, so that a run which is killed while it fills goes on."""
