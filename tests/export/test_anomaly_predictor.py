@@ -216,7 +216,8 @@ def test_tiles_of_the_run_are_used_and_an_option_overrides(bright, tmp_path, mon
     monkeypatch.setattr(Predictor, "run", lambda self, batch: seen.append(batch.shape) or self._run(batch))
     assert room.main([str(path), str(tmp_path / "a.png")]) == 0
     assert room.main([str(path), str(tmp_path / "a.png"), "--tile", "20", "--overlap", "4"]) == 0
-    assert seen == [(2 * 4, 3, 24, 24), (3 * 5, 3, 20, 20)]
+    assert room.main([str(path), str(tmp_path / "a.png"), "--tile", "20", "--overlap", "0"]) == 0
+    assert seen == [(2 * 4, 3, 24, 24), (3 * 5, 3, 20, 20), (2 * 4, 3, 20, 20)]
     capsys.readouterr()
 
 
