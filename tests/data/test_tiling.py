@@ -103,7 +103,7 @@ def test_inspection_takes_the_largest_score_and_brings_maps_back():
 
 @pytest.mark.parametrize("size", [(5, 1), (1, 5), (1, 1), (37, 1), (5, 2), (11, 13), (80, 90)])
 def test_resizing_is_pillows(size):
-    """Except that torch has places and weights in float32. One column is its own case: torch reads wrong pixels there."""
+    """With places and weights in float32. One column is its own case: torch reads wrong pixels there."""
     pixels = torch.rand(2, 3, 37, 50, generator=torch.Generator().manual_seed(0))
     ours = tiling.resize(pixels, size)
     assert ours.shape == (2, 3, *size)
