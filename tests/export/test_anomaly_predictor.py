@@ -286,6 +286,7 @@ def test_bad_input(model, bright, folder, tmp_path, capsys):
         ([model, image, "--top", "3"], "--top: only for models of classes"),
         ([model, image, "--labels"], "--labels: only for models of classes"),
         ([classifier, image, "--tile", "32"], "--tile: only for models of defects"),
+        ([classifier, image, "--overlap", "0"], "--overlap: only for models of defects"),
         ([model, image, "--tile", "1"], "a tile of 1 pixels"),
         ([model, image, "--tile", "32", "--overlap", "20"], "share 0 to 16"),
         ([model, image, "--overlap", "4"], "--tile N"),

@@ -91,6 +91,15 @@ def test_centres_are_the_farthest_from_those_before():
         assert to_chosen[chosen[count]] == pytest.approx(to_chosen.max().item(), rel=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_centres_chosen_on_a_gpu_are_those_of_the_cpu():
+    rows = torch.randn(500, 200, generator=torch.Generator().manual_seed(1))
+    chosen = k_centres(rows.cuda(), 40)
+    assert chosen.device.type == "cpu"
+    assert torch.equal(chosen, k_centres(rows, 40))
+
+
 def test_the_reservoir_is_bounded_and_even():
     reservoir = Reservoir(100, seed=0)
     for start in range(0, 1000, 50):

@@ -643,7 +643,8 @@ def _results(
 
 
 def _refuse(arguments: argparse.Namespace, names: Iterable[str], kind: str) -> None:
-    given = [f"--{name}" for name in names if getattr(arguments, name) not in (None, False)]
+    # Not by truth: an overlap of 0 was given too.
+    given = [f"--{n}" for n in names if (value := getattr(arguments, n)) is not None and value is not False]
     if given:
         raise PredictorError(f"{' and '.join(given)}: only for models of {kind}, which {arguments.model} is not")
 

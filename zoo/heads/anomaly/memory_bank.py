@@ -93,7 +93,8 @@ class MemoryBank(AnomalyHead):
         if self._reservoir.seen:
             places = self._reservoir.take()
             wanted = min(self.bank_size, max(1, round(self.coreset * self._reservoir.seen)), len(places))
-            self.bank = places[k_centres(places, wanted, self.seed, progress)].to(self.bank.device)
+            device = self.bank.device
+            self.bank = places[k_centres(places.to(device), wanted, self.seed, progress)].to(device)
             self._reservoir = Reservoir(self.max_places, self.seed)
         elif not self._ready:
             raise UsageError("the memory bank was shown no image: call update with good ones first")
@@ -167,16 +168,16 @@ class Reservoir:
 
 
 def k_centres(rows: Tensor, count: int, seed: int = 0, progress: Progress | None = None, width: int = 128) -> Tensor:
-    """Indices (count,) of rows (N, C) chosen one after the other, each the farthest from all chosen before.
+    """Indices (count,), on the CPU, of rows (N, C) chosen in turn, each the farthest from all chosen before.
 
     Distances are those of random projections to `width` dimensions, and the first row is drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     if rows.shape[1] > width:
-        rows = rows @ torch.randn(rows.shape[1], width, generator=generator) / width**0.5
+        rows = rows @ torch.randn(rows.shape[1], width, generator=generator).to(rows.device) / width**0.5
     chosen = [int(torch.randint(len(rows), (), generator=generator))]
     squares = rows.square().sum(dim=1)
-    distances = torch.full((len(rows),), float("inf"))
+    distances = torch.full_like(squares, float("inf"))
     while len(chosen) < count:
         last = chosen[-1]
         torch.minimum(distances, squares + squares[last] - 2 * (rows @ rows[last]), out=distances)
