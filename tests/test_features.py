@@ -120,8 +120,8 @@ def check(name, size):
     assert [map_.shape[1] for map_ in maps] == pyramid.channels
     assert pyramid.reductions == list(LEVELS)
     for map_, level, native in zip(maps, LEVELS, pyramid.native, strict=True):
-        # A network's own map may lose its last row to a convolution without padding.
-        slack = 1 if native else 0
+        # A network's own map loses rows to convolutions without padding: one, but for those made of them.
+        slack = (4 if name.startswith("inception") else 1) if native else 0
         assert all(0 <= want - got <= slack for want, got in zip(sides(size, level), map_.shape[2:], strict=True))
         assert map_.isfinite().all()
         assert map_.std() > 0

@@ -25,7 +25,12 @@ def check_backbone_name(name: str) -> None:
 
 
 def own_size(name: str) -> tuple[int, int]:
-    """Height and width that a backbone was made for."""
+    """Height and width that a backbone was made for.
+
+    Raises:
+        UsageError: timm cannot make it.
+    """
+    check_backbone_name(name)
     config = get_pretrained_cfg(name)
     return (int(config.input_size[1]), int(config.input_size[2])) if config is not None else (224, 224)
 
@@ -64,9 +69,10 @@ def build(name: str, **arguments: Any) -> Any:
         raise UsageError(f"backbone {name!r} gives no maps with {shown}: {short(error)}") from error
 
 
-def short(error: Exception, limit: int = 300) -> str:
+def short(error: Exception, limit: int = 400) -> str:
     """The text of an error on one line."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + " ..."
 
 
 def weightless(name: str, arguments: Mapping[str, Any]) -> Any:
