@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 import zoo
 from zoo.errors import UsageError
 from zoo.features import FeaturePyramid
+from zoo.features.pyramid import as_map, layout_of
 
 # The smallest network of each family, seconds apart: convolutions, pyramids of attention, ladders without fine levels,
 # plain transformers, channels last, fixed sizes.
@@ -224,6 +225,15 @@ def test_a_map_with_as_many_columns_as_channels_keeps_its_layout():
     torch.testing.assert_close(plain(images)[0], ambiguous(images)[0])
 
 
+def test_tokens_become_maps_without_their_prefix():
+    grid = torch.randn(2, 5, 3, 4)
+    tokens = torch.cat([torch.randn(2, 2, 5), grid.flatten(2).transpose(1, 2)], 1)
+    assert layout_of(tokens, 5, None, "any") == "NLC"
+    assert torch.equal(as_map(tokens, "NLC", 16, (47, 64)), grid)
+    with pytest.raises(UsageError, match="where a map of 7 channels is needed"):
+        layout_of(tokens, 7, None, "any")
+
+
 def test_one_pass_of_an_image_does_not_touch_the_network():
     pyramid = FeaturePyramid("test_resnet", LEVELS, 64)
     pyramid.network.train()
@@ -262,6 +272,7 @@ def test_weights_come_from_a_file_and_foreign_ones_are_refused(tmp_path):
         ("test_resnet", {"img_size": (1, 2, 3)}, "height, width"),
         ("test_resnet", {"pretrained": "/none/w.pth"}, "no weights file"),
         ("test_resnet", {"backbone_options": {"dept": 1}}, "dept"),
+        ("test_resnet", {"backbone_options": {"img_size": 64}}, "backbone_options holds img_size"),
         ("hrnet_w18_small", {"img_size": 70}, "multiples of 32, for instance 96 x 96"),
         ("swin_tiny_patch4_window7_224", {"img_size": (70, 66)}, "multiples of 4, for instance 72 x 68"),
         ("convit_tiny", {"img_size": (64, 96)}, "give squares, for instance 96 x 96"),

@@ -236,6 +236,13 @@ def test_a_head_takes_other_levels():
         assert segmenter.eval()(torch.randn(1, 3, 60, 44)).shape == (1, 3, 60, 44)
 
 
+@pytest.mark.parametrize("name", ["fpn", "segformer", "upernet"])
+def test_one_level_is_enough_for_the_general_heads(name):
+    segmenter = create_segmenter(name, "test_vit", 3, img_size=64, levels=(16,)).eval()
+    assert segmenter.encoder.native == [True]
+    assert segmenter(torch.randn(1, 3, 64, 48)).shape == (1, 3, 64, 48)
+
+
 def test_grey_images_have_one_mean():
     segmenter = create_segmenter("fpn", "resnet10t", 2, img_size=64, in_chans=1)
     assert segmenter.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])

@@ -58,6 +58,19 @@ def checked_size(img_size: int | Sequence[int] | None) -> tuple[int, int] | None
     return size[0], size[1]
 
 
+def checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options of a network, as they are.
+
+    Raises:
+        UsageError: among them is what has an argument of its own.
+    """
+    found = dict(options or {})
+    taken = sorted(found.keys() & {"in_chans", "img_size", "pretrained", "features_only", "out_indices"})
+    if taken:
+        raise UsageError(f"backbone_options holds {', '.join(taken)}: in_chans, img_size, pretrained and levels say it")
+    return found
+
+
 def build(name: str, **arguments: Any) -> Any:
     """`timm.create_model`, whose errors become a UsageError."""
     try:
