@@ -180,6 +180,29 @@ def test_native_maps_are_the_networks_own():
     assert pyramid.native == [True] * 4
 
 
+@pytest.mark.parametrize(
+    ("name", "levels", "native"),
+    [
+        ("test_resnet", (2, 4, 8, 16, 32), [True] * 5),
+        ("test_resnet", (16, 64), [True, False]),
+        ("zoo_shvit_s1", (16, 32, 64), [True] * 3),
+        ("zoo_pvt_v2_b0", (2, 4, 32), [False, True, True]),
+        ("test_vit", (8, 16), [False, True]),
+        ("nest_tiny", (4, 8, 16, 32), [True, True, True, False]),
+    ],
+)
+def test_ladders(name, levels, native):
+    pyramid = FeaturePyramid(name, levels, 64).eval()
+    assert pyramid.native == native
+    assert pyramid.reductions == list(levels)
+    if all(native):
+        FeaturePyramid(name, levels, 64, strict=True)
+    maps = pyramid(torch.zeros(1, 3, 64, 64))
+    assert [tuple(map_.shape[1:]) for map_ in maps] == [
+        (channels, 64 // level, 64 // level) for channels, level in zip(pyramid.channels, levels, strict=True)
+    ]
+
+
 @torch.inference_mode()
 def test_missing_levels_are_the_nearest_ones_resized():
     pyramid = FeaturePyramid("zoo_shvit_s1", (2, 8, 16, 64), 128).eval()

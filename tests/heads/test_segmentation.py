@@ -11,6 +11,11 @@ from zoo.heads.segmentation import FPN, HEADS, SegFormer, UPerNet
 from zoo.heads.segmentation.layers import BinMeans
 
 CHANNELS = (8, 12, 20, 28)
+SMALL = {
+    "fpn": {"pyramid_channels": 32, "hidden_channels": 32},
+    "segformer": {"embed_dim": 32},
+    "upernet": {"hidden_channels": 32},
+}
 SUPERVISED = {"macmd": 3, "upernet": 2}
 
 
@@ -84,6 +89,27 @@ def test_gradients_reach_every_parameter(name):
     sum((logits * torch.randn_like(logits)).sum() for logits in (answer if options else [answer])).backward()
     without = [key for key, value in segmenter.named_parameters() if value.grad is None or not value.grad.any()]
     assert without == []
+
+
+@pytest.mark.parametrize("name", list_heads("segmentation"))
+def test_it_learns_where_bright_squares_are(name):
+    generator = torch.Generator().manual_seed(0)
+    images, masks = torch.randn(4, 3, 64, 64, generator=generator), torch.zeros(4, 64, 64, dtype=torch.long)
+    for image, mask, (row, column) in zip(images, masks, [(8, 8), (30, 12), (10, 34), (32, 32)], strict=True):
+        mask[row : row + 24, column : column + 24] = 1
+        image[:, mask.bool()] += 2
+    segmenter = create_segmenter(name, "test_resnet", 2, img_size=64, **SMALL.get(name, {})).train()
+    optimizer = torch.optim.AdamW(segmenter.parameters(), 3e-3)
+    for _ in range(40):
+        answer = segmenter(images)
+        losses = [F.cross_entropy(logits, masks) for logits in (answer if isinstance(answer, list) else [answer])]
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+    with torch.inference_mode():
+        found = segmenter.eval()(images).argmax(1)
+    # 86 % is background.
+    assert (found == masks).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("name", list_heads("segmentation"))
