@@ -25,7 +25,12 @@ def check_backbone_name(name: str) -> None:
 
 
 def own_size(name: str) -> tuple[int, int]:
-    """Height and width that a backbone was made for."""
+    """Height and width that a backbone was made for.
+
+    Raises:
+        UsageError: timm cannot make it.
+    """
+    check_backbone_name(name)
     config = get_pretrained_cfg(name)
     return (int(config.input_size[1]), int(config.input_size[2])) if config is not None else (224, 224)
 
@@ -53,6 +58,19 @@ def checked_size(img_size: int | Sequence[int] | None) -> tuple[int, int] | None
     return size[0], size[1]
 
 
+def checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options of a network, as they are.
+
+    Raises:
+        UsageError: among them is what has an argument of its own.
+    """
+    found = dict(options or {})
+    taken = sorted(found.keys() & {"in_chans", "img_size", "pretrained", "features_only", "out_indices"})
+    if taken:
+        raise UsageError(f"backbone_options holds {', '.join(taken)}: in_chans, img_size, pretrained and levels say it")
+    return found
+
+
 def build(name: str, **arguments: Any) -> Any:
     """`timm.create_model`, whose errors become a UsageError."""
     try:
@@ -64,9 +82,10 @@ def build(name: str, **arguments: Any) -> Any:
         raise UsageError(f"backbone {name!r} gives no maps with {shown}: {short(error)}") from error
 
 
-def short(error: Exception, limit: int = 300) -> str:
+def short(error: Exception, limit: int = 400) -> str:
     """The text of an error on one line."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[:limit] + " ..."
 
 
 def weightless(name: str, arguments: Mapping[str, Any]) -> Any:

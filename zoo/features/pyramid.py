@@ -16,6 +16,7 @@ from zoo.features.networks import (
     build,
     check_backbone_name,
     check_loaded,
+    checked_options,
     checked_size,
     level_infos,
     own_size,
@@ -77,7 +78,7 @@ class FeaturePyramid(nn.Module):
         self.config: dict[str, Any] = dict(config.to_dict()) if config is not None else {}
         self.img_size = size or own_size(backbone)
 
-        given = {**(backbone_options or {}), "in_chans": in_chans}
+        given = {**checked_options(backbone_options), "in_chans": in_chans}
         bare = weightless(backbone, given)
         infos = level_infos(bare, backbone)
         self.ladder = [int(info["reduction"]) for info in infos]
@@ -105,6 +106,7 @@ class FeaturePyramid(nn.Module):
                 raise
             raise self._wrong_size(error) from error
         self._layouts = self._looked_at()
+        self._any_size: bool | None = None
 
     def forward(self, images: Tensor) -> list[Tensor]:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -115,7 +117,8 @@ class FeaturePyramid(nn.Module):
             raise
         except BUILD_ERRORS as error:
             height, width = images.shape[-2:]
-            if self.takes((height, width)):
+            # Another fault than the size's, unless the network answers at its own.
+            if self.takes((height, width)) or not self.takes(self.img_size):
                 raise
             raise UsageError(
                 f"backbone {self.name!r} cannot take images of {height} x {width}: {self._taken((height, width))}"
@@ -139,8 +142,6 @@ class FeaturePyramid(nn.Module):
             sizes = ((height + 5, width + 3), (height * 3 // 4 + 1, width * 3 // 2 + 3))
             self._any_size = all(self.takes(size) for size in sizes)
         return self._any_size
-
-    _any_size: bool | None = None
 
     def _made(self, arguments: Mapping[str, Any], pretrained: bool | str | Path | Mapping[str, Tensor]) -> Any:
         weights = weight_arguments(pretrained)
@@ -176,7 +177,7 @@ class FeaturePyramid(nn.Module):
     def _maps(self, images: Tensor) -> list[Tensor]:
         size, raw = images.shape[-2:], self._raw(self.network, images)
         found = [
-            _as_map(map_, layout, level, size)
+            as_map(map_, layout, level, size)
             for map_, layout, level in zip(raw, self._layouts, self._source_levels, strict=True)
         ]
         return [
@@ -192,7 +193,7 @@ class FeaturePyramid(nn.Module):
         except BUILD_ERRORS as error:
             raise self._wrong_size(error) from error
         pairs = zip(found, self._source_chans, strict=True)
-        return [_layout(map_, channels, self.network, self.name) for map_, channels in pairs]
+        return [layout_of(map_, channels, self.network, self.name) for map_, channels in pairs]
 
     def _fits(self, size: tuple[int, int]) -> bool:
         """Whether the network can be made for images of a size."""
@@ -250,7 +251,7 @@ def _even(blocks: int, count: int) -> list[int]:
     return [max(0, round((place + 1) * blocks / count) - 1) for place in range(count)]
 
 
-def _layout(map_: Tensor, channels: int, network: Any, name: str) -> str:
+def layout_of(map_: Tensor, channels: int, network: Any, name: str) -> str:
     """Which layout a map of `channels` has: "NCHW", "NHWC" or "NLC", tokens of a grid."""
     if map_.ndim == 3 and map_.shape[2] == channels:
         return "NLC"
@@ -266,7 +267,7 @@ def _layout(map_: Tensor, channels: int, network: Any, name: str) -> str:
     return "NCHW" if first else "NHWC"
 
 
-def _as_map(map_: Tensor, layout: str, level: int, size: Sequence[int]) -> Tensor:
+def as_map(map_: Tensor, layout: str, level: int, size: Sequence[int]) -> Tensor:
     """A map of any layout, of images of `size`, as (B, C, h, w); tokens before those of the grid are left out."""
     if layout == "NHWC":
         return map_.permute(0, 3, 1, 2)

@@ -11,25 +11,10 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from zoo.backbones import UnfitWeightsError  # importing it registers the zoo_* names with timm
-from zoo.errors import UsageError, unknown
+from zoo.errors import UsageError
+from zoo.features import BUILD_ERRORS, check_backbone_name, short, wants_size
+from zoo.features import own_size as own_size
 from zoo.tasks.weights import read_weights
-
-_BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError)
-
-
-def check_backbone_name(name: str) -> None:
-    """Raises UsageError, with the closest names, unless timm can make `name`."""
-    if name.partition(":")[0] in ("hf-hub", "local-dir") and ":" in name:
-        return
-    if not timm.is_model(name):
-        raise unknown("backbone", name, timm.list_models())
-
-
-def own_size(name: str) -> tuple[int, int]:
-    """Height and width that the backbone was made for."""
-    check_backbone_name(name)
-    config = get_pretrained_cfg(name)
-    return (int(config.input_size[1]), int(config.input_size[2])) if config is not None else (224, 224)
 
 
 def create_backbone(
@@ -63,7 +48,7 @@ def create_backbone(
         arguments["attn"] = attn
     if attn_options is not None:
         arguments["attn_options"] = attn_options
-    if _wants_size(name):
+    if wants_size(name):
         arguments["img_size"] = img_size
     if isinstance(pretrained, str):
         model = _with_weights(name, num_classes, arguments, Path(pretrained))
@@ -80,21 +65,12 @@ def head_parameters(backbone: nn.Module) -> set[int]:
     return {id(parameter) for head in heads for parameter in head.parameters()}
 
 
-def _wants_size(name: str) -> bool:
-    """Whether a network is told the size of the images: those made for one, and ours, whose tables then fit it.
-
-    timm's flexible networks are left to their own: few of their filters resize what pretrained files hold.
-    """
-    config = get_pretrained_cfg(name)
-    return name.startswith("zoo_") or (config is not None and config.fixed_input_size)
-
-
 def _build(name: str, **arguments: Any) -> nn.Module:
     try:
         return timm.create_model(name, **arguments)
     except UsageError:
         raise
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         raise _explained(name, arguments, error) from error
 
 
@@ -111,12 +87,7 @@ def _explained(name: str, arguments: Mapping[str, Any], error: Exception) -> Usa
             f"there are no downloadable weights for {name!r}; give the path of a weights file as pretrained, or false"
         )
     given = {k: v for k, v in arguments.items() if not k.startswith("pretrained")}
-    return UsageError(f"backbone {name!r} cannot be made with {given}: {_short(error)}")
-
-
-def _short(error: Exception, limit: int = 400) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[:limit] + " ..."
+    return UsageError(f"backbone {name!r} cannot be made with {given}: {short(error)}")
 
 
 def _with_weights(name: str, num_classes: int, arguments: Mapping[str, Any], path: Path) -> nn.Module:
@@ -141,13 +112,13 @@ def _with_weights(name: str, num_classes: int, arguments: Mapping[str, Any], pat
             failures.append(ValueError(error.problem))
         except UsageError:
             raise
-        except _BUILD_ERRORS as error:
+        except BUILD_ERRORS as error:
             if "unexpected keyword argument" in str(error):
                 raise _explained(name, arguments, error) from error
             failures.append(error)
     else:
         raise UsageError(
-            f"the weights in {path} do not fit backbone {name!r}: {_short(failures[0])}. "
+            f"the weights in {path} do not fit backbone {name!r}: {short(failures[0])}. "
             "Give the backbone, attention and options that the file was made with."
         ) from failures[0]
     model.pretrained_cfg.pop("state_dict", None)
@@ -176,9 +147,9 @@ def _check_forward(name: str, model: nn.Module, num_classes: int, in_chans: int,
             out = model(torch.zeros(1, in_chans, *img_size))
     except UsageError:
         raise
-    except _BUILD_ERRORS as error:
+    except BUILD_ERRORS as error:
         raise UsageError(
-            f"backbone {name!r} cannot take images of {img_size[0]} x {img_size[1]}: {_short(error)}. "
+            f"backbone {name!r} cannot take images of {img_size[0]} x {img_size[1]}: {short(error)}. "
             "Give another img_size."
         ) from error
     model.train(training)

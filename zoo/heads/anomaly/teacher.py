@@ -4,14 +4,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from zoo.errors import UsageError, unknown
-
-_BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError, KeyError, AttributeError, IndexError)
+from zoo.errors import UsageError
+from zoo.features import (
+    BUILD_ERRORS,
+    build,
+    check_backbone_name,
+    check_loaded,
+    short,
+    wants_size,
+    weight_arguments,
+)
 
 
 class Teacher(nn.Module):
@@ -40,18 +46,17 @@ class Teacher(nn.Module):
         options: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        if not timm.is_model(backbone):
-            raise unknown("backbone", backbone, timm.list_models())
+        check_backbone_name(backbone)
         config = get_pretrained_cfg(backbone)
         arguments: dict[str, Any] = {**(options or {}), "in_chans": in_chans}
-        if img_size is not None and (backbone.startswith("zoo_") or (config is not None and config.fixed_input_size)):
+        if img_size is not None and wants_size(backbone):
             arguments["img_size"] = img_size
-        levels = _build(backbone, features_only=True, **arguments)
+        levels = build(backbone, features_only=True, **arguments)
         reductions = levels.feature_info.reduction()
         self.plain = len(reductions) > 1 and len(set(reductions)) == 1
-        weights = _weights(pretrained)
+        weights = weight_arguments(pretrained)
         if self.plain:
-            network = _build(backbone, num_classes=0, **arguments, **weights)
+            network = build(backbone, num_classes=0, **arguments, **weights)
             count = len(network.feature_info)
             self.layers = _chosen(layers, count, (max(0, (2 * count + 2) // 3 - 1), count - 1))
             infos = [network.feature_info[layer] for layer in self.layers]
@@ -61,9 +66,11 @@ class Teacher(nn.Module):
         else:
             default = [index for index, reduction in enumerate(reductions) if reduction in (8, 16)]
             self.layers = _chosen(layers, len(reductions), default if len(default) == 2 else (0, 1))
-            network = _build(backbone, features_only=True, out_indices=tuple(self.layers), **arguments, **weights)
+            network = build(backbone, features_only=True, out_indices=tuple(self.layers), **arguments, **weights)
             self.channels = network.feature_info.channels()
             self.reductions = network.feature_info.reduction()
+        if "pretrained_cfg_overlay" in weights:
+            check_loaded(network, backbone, weights["pretrained_cfg_overlay"])
         self.network = network
         self.config: dict[str, Any] = dict(config.to_dict()) if config is not None else {}
 
@@ -81,24 +88,6 @@ class Teacher(nn.Module):
         ]
 
 
-def _build(backbone: str, **arguments: Any) -> Any:
-    try:
-        return timm.create_model(backbone, **arguments)
-    except UsageError:
-        raise
-    except _BUILD_ERRORS as error:
-        text = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UsageError(f"backbone {backbone!r} gives no maps with {arguments}: {text}") from error
-
-
-def _weights(pretrained: bool | str | Path) -> dict[str, Any]:
-    if isinstance(pretrained, bool):
-        return {"pretrained": pretrained}
-    if not Path(pretrained).is_file():
-        raise UsageError(f"there is no weights file at {pretrained}")
-    return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(pretrained)}}
-
-
 def _chosen(layers: Sequence[int] | None, count: int, default: Sequence[int]) -> list[int]:
     found = list(default if layers is None else layers)
     if not found or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in found):
@@ -114,8 +103,7 @@ def check_takes(teacher: Teacher, name: str, in_chans: int, size: tuple[int, int
     try:
         with torch.no_grad():
             teacher(torch.zeros(1, in_chans, *size))
-    except _BUILD_ERRORS as error:
-        text = " ".join(str(error).split())[:300] or type(error).__name__
+    except BUILD_ERRORS as error:
         raise UsageError(
-            f"backbone {name!r} cannot take images of {size[0]} x {size[1]}: {text}. Give another img_size."
+            f"backbone {name!r} cannot take images of {size[0]} x {size[1]}: {short(error)}. Give another img_size."
         ) from error

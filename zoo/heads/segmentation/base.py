@@ -1,11 +1,29 @@
 """What every segmentation head is, and an encoder and a head as one network."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from zoo.features import FeaturePyramid
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A released file taken apart.
+
+    Attributes:
+        encoder: entries of the encoder, as its own authors name them.
+        rest: the other entries, by the names that a `Segmenter` has for them.
+        options: of the head, with which the file was trained.
+        absent: beginnings of names that such a file lacks.
+    """
+
+    encoder: Mapping[str, Tensor]
+    rest: Mapping[str, Tensor]
+    options: Mapping[str, Any]
+    absent: tuple[str, ...] = ()
 
 
 class SegmentationHead(nn.Module):
@@ -30,29 +48,9 @@ class SegmentationHead(nn.Module):
         return None
 
     @classmethod
-    def read(cls, state: Mapping[str, Tensor]) -> "Foreign | None":
+    def read(cls, state: Mapping[str, Tensor]) -> Foreign | None:
         """The parts of a file that the paper's authors released for this head; None if it is no such file."""
         return None
-
-
-class Foreign:
-    """A released file taken apart.
-
-    Args:
-        encoder: entries of the encoder, as its own authors name them.
-        rest: the other entries, by the names that a `Segmenter` has for them.
-        options: of the head, with which the file was trained.
-        absent: beginnings of names that such a file lacks.
-    """
-
-    def __init__(
-        self,
-        encoder: Mapping[str, Tensor],
-        rest: Mapping[str, Tensor],
-        options: Mapping[str, Any],
-        absent: tuple[str, ...] = (),
-    ):
-        self.encoder, self.rest, self.options, self.absent = encoder, rest, options, absent
 
 
 class Segmenter(nn.Module):
