@@ -289,6 +289,9 @@ def test_rules_for_empty_sides(kind, strict, macmd):
     for empty, expected in (("strict", strict), ("macmd", macmd)):
         metric = fed(kind(2, classes=[1], empty=empty), *one_sided(), [slice(None)])
         assert next(iter(metric.compute().values())) == pytest.approx(expected, rel=1e-6)
+        nothing = torch.zeros(1, 6, 8, dtype=torch.int64)
+        metric.update(nothing, nothing + VOID)
+        assert next(iter(metric.compute().values())) == pytest.approx(expected, rel=1e-6), "an image without any class"
     with pytest.raises(UsageError, match=r"unknown empty of .* 'zero'"):
         kind(2, empty="zero")
 
