@@ -10,6 +10,8 @@ from torchmetrics import Metric
 from zoo.errors import UsageError, unknown
 
 EMPTY = ("strict", "macmd")
+# Values of images are summed as whole numbers of this part: they add up to the same in any order and on any device.
+_UNIT = 2.0**-32
 
 
 class PixelClasses(Metric):
@@ -74,7 +76,10 @@ class PixelClasses(Metric):
 
     def _mean(self, values: Tensor) -> Tensor:
         """Mean of (K,) over the chosen classes that are not NaN; NaN where none is left."""
-        return values[self.classes].nanmean().float()
+        return self._shown(values[self.classes].nanmean())
+
+    def _shown(self, values: Tensor) -> Tensor:
+        return values.float().to(self.device)
 
 
 class Confusion(PixelClasses):
@@ -99,7 +104,7 @@ class Confusion(PixelClasses):
 
     def _sides(self) -> tuple[Tensor, Tensor, Tensor]:
         """(right, predicted, true) pixels of each class, float64 (K,)."""
-        counts = self.confusion.double()
+        counts = self.confusion.cpu().double()
         return counts.diagonal(), counts.sum(0), counts.sum(1)
 
 
@@ -118,8 +123,8 @@ class MeanIoU(Confusion):
         iou = right / (predicted + true - right)
         return {
             "miou": self._mean(iou),
-            "iou_per_class": iou.float(),
-            "pixel_accuracy": (right.sum() / true.sum()).float(),
+            "iou_per_class": self._shown(iou),
+            "pixel_accuracy": self._shown(right.sum() / true.sum()),
         }
 
 
@@ -133,7 +138,7 @@ class DiceScore(Confusion):
         """{"dice": scalar, "dice_per_class": (K,)}, float32."""
         right, predicted, true = self._sides()
         dice = 2 * right / (predicted + true)
-        return {"dice": self._mean(dice), "dice_per_class": dice.float()}
+        return {"dice": self._mean(dice), "dice_per_class": self._shown(dice)}
 
 
 class PerImage(PixelClasses):
@@ -168,8 +173,8 @@ class PerImage(PixelClasses):
         if empty not in EMPTY:
             raise unknown(f"empty of {type(self).__name__}", empty, EMPTY)
         self.empty = empty
-        self.add_state("sums", torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("sums", "images"):
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Takes what `MeanIoU.update` takes.
@@ -177,17 +182,15 @@ class PerImage(PixelClasses):
         Raises:
             UsageError: other shapes or types, or a class that does not exist.
         """
-        # One image after the other, so that batches of any size add up in the same order.
         for pred, true, valid in zip(*self._checked(preds, target), strict=True):
             if not bool(valid.any()):
                 continue
-            values = self._values(pred, true, valid).to(self.sums)
-            counts = ~values.isnan()
-            self.sums += values.nan_to_num()
-            self.images += counts
+            values = self._values(pred, true, valid)
+            self.sums += (values.nan_to_num() / _UNIT).round().long().to(self.device)
+            self.images += (~values.isnan()).to(self.device)
 
     def _values(self, pred: Tensor, true: Tensor, valid: Tensor) -> Tensor:
-        """Of one image (H, W), float64 (K,); NaN for a class that does not count."""
+        """Of one image (H, W), float64 (K,) on the CPU; NaN for a class that does not count."""
         raise NotImplementedError
 
     def _without(self, predicted: bool, true: bool, worst: float) -> float:
@@ -198,8 +201,8 @@ class PerImage(PixelClasses):
 
     def compute(self) -> dict[str, Tensor]:
         """{NAME: scalar, NAME_per_class: (K,)}, float32; NaN for a class that counted in no image."""
-        values = self.sums / self.images
-        return {self.name: self._mean(values), f"{self.name}_per_class": values.float()}
+        values = self.sums.cpu().double() * _UNIT / self.images.cpu()
+        return {self.name: self._mean(values), f"{self.name}_per_class": self._shown(values)}
 
 
 class DicePerImage(PerImage):
@@ -212,7 +215,7 @@ class DicePerImage(PerImage):
     name = "dice_image"
 
     def _values(self, pred: Tensor, true: Tensor, valid: Tensor) -> Tensor:
-        counts = table(pred, true, valid, self.num_classes).double()
+        counts = table(pred, true, valid, self.num_classes).cpu().double()
         right, predicted, truly = counts.diagonal(), counts.sum(0), counts.sum(1)
         dice = 2 * right / (predicted + truly)
         for number in torch.nonzero((predicted == 0) | (truly == 0)).flatten().tolist():
