@@ -125,12 +125,13 @@ def execute(cases: list[Case], options: Options, command: str, out: Path | None,
         for row in run_case(case, options):
             rows.append(row)
             print(text_of(row), flush=True)
+            if out is not None and row["status"] != "left out":
+                # After every row: a run that is killed keeps what it has measured.
+                about_case = facts(case, options.quick) | {"dtype": str(options.dtype).removeprefix("torch.")}
+                seconds = {"seconds": round(time.monotonic() - start, 1)}
+                machine.write(about | about_case | {"rows": rows, "rates": told} | seconds, out, add)
         bad += [case.name for row in rows if row["side"] == "ours" and row["status"] in ("wrong", "failed")]
         left += [case.name for row in rows if row["status"] == "left out"]
-        if out is not None and any(row["status"] != "left out" for row in rows):
-            about_case = facts(case, options.quick) | {"dtype": str(options.dtype).removeprefix("torch.")}
-            record = about | about_case | {"rows": rows, "rates": told, "seconds": round(time.monotonic() - start, 1)}
-            machine.write(record, out, add)
     if left:
         print(f"\nleft out, wholly or in part, by the budget or a broken GPU context: {', '.join(dict.fromkeys(left))}")
     if bad:

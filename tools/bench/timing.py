@@ -13,7 +13,7 @@ from typing import IO
 
 import torch
 
-_turns: IO | None = None
+_turns: tuple[IO, IO] | None = None
 
 
 def take_turns(path: Path) -> None:
@@ -23,8 +23,15 @@ def take_turns(path: Path) -> None:
         path: a file that they share; made if it is absent.
     """
     global _turns
-    _turns = path.open("a")
-    fcntl.flock(_turns, fcntl.LOCK_SH)
+    _turns = path.open("a"), path.with_name(f"{path.name}.gate").open("a")
+    _join(*_turns)
+
+
+def _join(work: IO, gate: IO) -> None:
+    # Who wants to be alone keeps the gate until it is: those who come later would keep it waiting for ever.
+    fcntl.flock(gate, fcntl.LOCK_EX)
+    fcntl.flock(work, fcntl.LOCK_SH)
+    fcntl.flock(gate, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager
@@ -33,15 +40,18 @@ def alone(device: str) -> Iterator[None]:
     if _turns is None:
         yield
         return
+    work, gate = _turns
     synchronize(device)
-    fcntl.flock(_turns, fcntl.LOCK_UN)
-    fcntl.flock(_turns, fcntl.LOCK_EX)
+    fcntl.flock(work, fcntl.LOCK_UN)
+    fcntl.flock(gate, fcntl.LOCK_EX)
+    fcntl.flock(work, fcntl.LOCK_EX)
+    fcntl.flock(gate, fcntl.LOCK_UN)
     try:
         yield
         synchronize(device)
     finally:
-        fcntl.flock(_turns, fcntl.LOCK_UN)
-        fcntl.flock(_turns, fcntl.LOCK_SH)
+        fcntl.flock(work, fcntl.LOCK_UN)
+        _join(work, gate)
 
 
 @dataclass(frozen=True)
