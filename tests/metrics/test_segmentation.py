@@ -308,6 +308,29 @@ def test_a_collection_counts_once():
     assert sorted(len(group) for group in collection.compute_groups.values()) == [1, 1, 2]
 
 
+def test_a_collection_keeps_apart_what_differs_in_meaning():
+    """After perfect predictions all these have equal sums; torchmetrics would take them for one from then on."""
+    kinds = {
+        "dice": DicePerImage(2),
+        "other dice": DicePerImage(2, empty="macmd"),
+        "near": BoundaryF1(2, tolerance=1),
+        "far": BoundaryF1(2, tolerance=3),
+    }
+    collection = MetricCollection({name: metric.clone() for name, metric in kinds.items()})
+    target = torch.zeros(1, 16, 16, dtype=torch.int64)
+    target[0, 4:9, 4:9] = 1
+    for preds, true in ((target, target), (target.roll((2, 2), (1, 2)), target), (target, torch.zeros_like(target))):
+        collection.update(preds, true)
+        for metric in kinds.values():
+            metric.update(preds, true)
+    together = collection.compute()
+    for name, metric in kinds.items():
+        value = metric.compute()[metric.name]
+        found = [v for key, v in together.items() if key.startswith(name) and not key.endswith("class")]
+        assert found == [value]
+    assert len({float(metric.compute()[metric.name]) for metric in kinds.values()}) == 4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_is_bounded(kind):
     metric = kind(K)

@@ -1,5 +1,6 @@
 """How well the classes of pixels are told apart: IoU and Dice from counts, over a whole data set or by image."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -152,8 +153,6 @@ class PerImage(PixelClasses):
 
     alarm: ClassVar[float]
     name: ClassVar[str]
-    sums: Tensor
-    images: Tensor
 
     def __init__(
         self,
@@ -161,10 +160,12 @@ class PerImage(PixelClasses):
         ignore_index: int = 255,
         classes: Sequence[int] | None = None,
         empty: str = "strict",
+        _variant: str = "",
         **kwargs: Any,
     ) -> None:
         """Args: as `PixelClasses`, and
             empty: "strict" or "macmd".
+            _variant: of a subclass: what else its values depend on.
 
         Raises:
             UsageError: an unknown `empty`.
@@ -173,7 +174,9 @@ class PerImage(PixelClasses):
         if empty not in EMPTY:
             raise unknown(f"empty of {type(self).__name__}", empty, EMPTY)
         self.empty = empty
-        for name in ("sums", "images"):
+        # A collection shares states of equal names and contents: what differs in meaning differs in name.
+        self._states = [re.sub(r"\W", "_", f"{self.name}_{empty}_{_variant}{part}") for part in ("sums", "images")]
+        for name in self._states:
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -186,8 +189,9 @@ class PerImage(PixelClasses):
             if not bool(valid.any()):
                 continue
             values = self._values(pred, true, valid)
-            self.sums += (values.nan_to_num() / _UNIT).round().long().to(self.device)
-            self.images += (~values.isnan()).to(self.device)
+            parts = (values.nan_to_num() / _UNIT).round().long(), (~values.isnan()).long()
+            for name, part in zip(self._states, parts, strict=True):
+                setattr(self, name, getattr(self, name) + part.to(self.device))
 
     def _values(self, pred: Tensor, true: Tensor, valid: Tensor) -> Tensor:
         """Of one image (H, W), float64 (K,) on the CPU; NaN for a class that does not count."""
@@ -201,7 +205,8 @@ class PerImage(PixelClasses):
 
     def compute(self) -> dict[str, Tensor]:
         """{NAME: scalar, NAME_per_class: (K,)}, float32; NaN for a class that counted in no image."""
-        values = self.sums.cpu().double() * _UNIT / self.images.cpu()
+        sums, images = (getattr(self, name).cpu().double() for name in self._states)
+        values = sums * _UNIT / images
         return {self.name: self._mean(values), f"{self.name}_per_class": self._shown(values)}
 
 
