@@ -150,6 +150,15 @@ def test_focal_by_gamma(gamma):
     assert float(value) == pytest.approx(loop_focal(logits, target, [1.0] * K, gamma), **CLOSE)
 
 
+def test_focal_of_certain_pixels_has_a_gradient():
+    """A power below 1 is steep at 0: where p_t is 1 to float32's last digit its slope would be infinite."""
+    _, target = batch()
+    given = torch.nn.functional.one_hot(target.where(target != VOID, 0), K).permute(0, 3, 1, 2).float() * 100
+    given.requires_grad_()
+    focal(given, target, gamma=0.5).backward()
+    assert given.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("weights", [None, WEIGHTS, [0.0] * K])
 def test_nothing_to_learn_from_is_zero_with_gradients_of_zero(name, weights):

@@ -80,7 +80,7 @@ class BoundaryF1(_Outlines):
         Raises:
             UsageError: a tolerance that is not positive.
         """
-        super().__init__(num_classes, ignore_index, classes, **kwargs)
+        super().__init__(num_classes, ignore_index, classes, _variant=f"{tolerance:g}_", **kwargs)
         if not 0 < tolerance < math.inf:
             raise UsageError(f"tolerance is {tolerance}: give a share of the diagonal below 1, or pixels from 1")
         self.tolerance = tolerance

@@ -1,5 +1,6 @@
 """How well the classes of pixels are told apart: IoU and Dice from counts, over a whole data set or by image."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -10,6 +11,8 @@ from torchmetrics import Metric
 from zoo.errors import UsageError, unknown
 
 EMPTY = ("strict", "macmd")
+# Values of images are summed as whole numbers of this part: they add up to the same in any order and on any device.
+_UNIT = 2.0**-32
 
 
 class PixelClasses(Metric):
@@ -74,7 +77,10 @@ class PixelClasses(Metric):
 
     def _mean(self, values: Tensor) -> Tensor:
         """Mean of (K,) over the chosen classes that are not NaN; NaN where none is left."""
-        return values[self.classes].nanmean().float()
+        return self._shown(values[self.classes].nanmean())
+
+    def _shown(self, values: Tensor) -> Tensor:
+        return values.float().to(self.device)
 
 
 class Confusion(PixelClasses):
@@ -99,7 +105,7 @@ class Confusion(PixelClasses):
 
     def _sides(self) -> tuple[Tensor, Tensor, Tensor]:
         """(right, predicted, true) pixels of each class, float64 (K,)."""
-        counts = self.confusion.double()
+        counts = self.confusion.cpu().double()
         return counts.diagonal(), counts.sum(0), counts.sum(1)
 
 
@@ -118,8 +124,8 @@ class MeanIoU(Confusion):
         iou = right / (predicted + true - right)
         return {
             "miou": self._mean(iou),
-            "iou_per_class": iou.float(),
-            "pixel_accuracy": (right.sum() / true.sum()).float(),
+            "iou_per_class": self._shown(iou),
+            "pixel_accuracy": self._shown(right.sum() / true.sum()),
         }
 
 
@@ -133,7 +139,7 @@ class DiceScore(Confusion):
         """{"dice": scalar, "dice_per_class": (K,)}, float32."""
         right, predicted, true = self._sides()
         dice = 2 * right / (predicted + true)
-        return {"dice": self._mean(dice), "dice_per_class": dice.float()}
+        return {"dice": self._mean(dice), "dice_per_class": self._shown(dice)}
 
 
 class PerImage(PixelClasses):
@@ -147,8 +153,6 @@ class PerImage(PixelClasses):
 
     alarm: ClassVar[float]
     name: ClassVar[str]
-    sums: Tensor
-    images: Tensor
 
     def __init__(
         self,
@@ -156,10 +160,12 @@ class PerImage(PixelClasses):
         ignore_index: int = 255,
         classes: Sequence[int] | None = None,
         empty: str = "strict",
+        _variant: str = "",
         **kwargs: Any,
     ) -> None:
         """Args: as `PixelClasses`, and
             empty: "strict" or "macmd".
+            _variant: of a subclass: what else its values depend on.
 
         Raises:
             UsageError: an unknown `empty`.
@@ -168,8 +174,10 @@ class PerImage(PixelClasses):
         if empty not in EMPTY:
             raise unknown(f"empty of {type(self).__name__}", empty, EMPTY)
         self.empty = empty
-        self.add_state("sums", torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        # A collection shares states of equal names and contents: what differs in meaning differs in name.
+        self._states = [re.sub(r"\W", "_", f"{self.name}_{empty}_{_variant}{part}") for part in ("sums", "images")]
+        for name in self._states:
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Takes what `MeanIoU.update` takes.
@@ -177,17 +185,16 @@ class PerImage(PixelClasses):
         Raises:
             UsageError: other shapes or types, or a class that does not exist.
         """
-        # One image after the other, so that batches of any size add up in the same order.
         for pred, true, valid in zip(*self._checked(preds, target), strict=True):
             if not bool(valid.any()):
                 continue
-            values = self._values(pred, true, valid).to(self.sums)
-            counts = ~values.isnan()
-            self.sums += values.nan_to_num()
-            self.images += counts
+            values = self._values(pred, true, valid)
+            parts = (values.nan_to_num() / _UNIT).round().long(), (~values.isnan()).long()
+            for name, part in zip(self._states, parts, strict=True):
+                setattr(self, name, getattr(self, name) + part.to(self.device))
 
     def _values(self, pred: Tensor, true: Tensor, valid: Tensor) -> Tensor:
-        """Of one image (H, W), float64 (K,); NaN for a class that does not count."""
+        """Of one image (H, W), float64 (K,) on the CPU; NaN for a class that does not count."""
         raise NotImplementedError
 
     def _without(self, predicted: bool, true: bool, worst: float) -> float:
@@ -198,8 +205,9 @@ class PerImage(PixelClasses):
 
     def compute(self) -> dict[str, Tensor]:
         """{NAME: scalar, NAME_per_class: (K,)}, float32; NaN for a class that counted in no image."""
-        values = self.sums / self.images
-        return {self.name: self._mean(values), f"{self.name}_per_class": values.float()}
+        sums, images = (getattr(self, name).cpu().double() for name in self._states)
+        values = sums * _UNIT / images
+        return {self.name: self._mean(values), f"{self.name}_per_class": self._shown(values)}
 
 
 class DicePerImage(PerImage):
@@ -212,7 +220,7 @@ class DicePerImage(PerImage):
     name = "dice_image"
 
     def _values(self, pred: Tensor, true: Tensor, valid: Tensor) -> Tensor:
-        counts = table(pred, true, valid, self.num_classes).double()
+        counts = table(pred, true, valid, self.num_classes).cpu().double()
         right, predicted, truly = counts.diagonal(), counts.sum(0), counts.sum(1)
         dice = 2 * right / (predicted + truly)
         for number in torch.nonzero((predicted == 0) | (truly == 0)).flatten().tolist():
