@@ -271,7 +271,7 @@ def run_all(args: argparse.Namespace) -> int:
     """Trains every run that has no record yet, then measures speed; the number of runs that failed."""
     runs = [Run.of(text) for text in dict.fromkeys(args.runs)]
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)  # for the logs of those that fail
     start = time.monotonic()
     common = ["--program", args.program, "--data", args.data, "--out", args.out, "--device", args.device]
     common += [*(["--weights", args.weights] if args.weights else []), "--jobs", str(args.jobs)]
@@ -315,6 +315,7 @@ def train_one(args: argparse.Namespace) -> None:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(path)
