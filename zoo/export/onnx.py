@@ -22,6 +22,7 @@ from zoo.export.check import Check, ExportError, short
 from zoo.export.graphs import Graph, graph_of, threshold_of
 from zoo.export.half import Loss, halve, measure
 from zoo.export.metadata import PREPROCESSING, build_metadata
+from zoo.export.same import translations, with_same_padding
 
 __all__ = ["OPSET", "TOLERANCE", "ExportError", "ExportResult", "to_onnx"]
 
@@ -106,7 +107,8 @@ def to_onnx(
         _refuse_options_of_others(graph, preprocess, half)
         metadata = build_metadata(meta, data | dict(preprocess or {}))
         task = _separate_copy(task)
-        model = _export(graph.network(_fused(task)), graph, metadata, opset)
+        traced = with_same_padding(_fused(task)) if 2 in graph.free else _fused(task)
+        model = _export(graph.network(traced), graph, metadata, opset)
         network, cases = graph.network(task), graph.cases(batch_sizes)
         error, relative = Check(network, graph, tolerance)(_serialised(model), cases)
         model.metadata_props.add(key="zoo.max_relative_error", value=f"{relative:.3e}")
@@ -213,6 +215,7 @@ def _export(network: nn.Module, graph: Graph, metadata: Mapping[str, str], opset
                 input_names=["images"],
                 output_names=list(graph.outputs),
                 opset_version=opset,
+                custom_translation_table=translations(),
                 verbose=False,
             )
         model = program.model_proto
