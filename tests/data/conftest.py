@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zoo.data import AnomalyDetection, ImageClassification
+from zoo.data import AnomalyDetection, ImageClassification, Segmentation
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def stop_workers(monkeypatch):
 
         return remember
 
-    for kind in (AnomalyDetection, ImageClassification):
+    for kind in (AnomalyDetection, ImageClassification, Segmentation):
         monkeypatch.setattr(kind, "_loader", remembering(kind._loader))
     yield
     for loader in loaders:

@@ -9,5 +9,6 @@ except ImportError as error:
 
 from zoo.data.anomaly import AnomalyDetection
 from zoo.data.classification import ImageClassification
+from zoo.data.segmentation import Segmentation
 
-__all__ = ["AnomalyDetection", "ImageClassification"]
+__all__ = ["AnomalyDetection", "ImageClassification", "Segmentation"]

@@ -7,9 +7,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from zoo.data.anomaly_images import DictLoader, GoodImages, GoodTiles, JudgedImages, Look, TileSampler
+from zoo.data.anomaly_images import GoodImages, GoodTiles, JudgedImages, Look, TileSampler
 from zoo.data.anomaly_layouts import LAYOUTS, Layout, Photo, open_layout
 from zoo.data.augmentation import Augmentation
+from zoo.data.dicts import DictLoader
 from zoo.data.holdout import hold_out
 from zoo.data.labelled import leave_out
 from zoo.data.masks import check_size

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from zoo.data.anomaly_layouts import Photo
+from zoo.data.dicts import Refused, as_tensor, unreadable
 from zoo.data.images import open_image
 from zoo.data.labelled import Samples
 from zoo.data.masks import fit_image, fit_mask, inner_size, pad_to, read_mask, size_of
-from zoo.data.sampler import EpochSampler, ResumableLoader, Unreadable, mix, split_key
+from zoo.data.sampler import EpochSampler, Unreadable, mix, split_key
 from zoo.data.synthetic import draw_defect
 from zoo.data.tiling import cut, places
 from zoo.errors import UsageError
@@ -33,12 +33,6 @@ class Look(NamedTuple):
     in_chans: int
     tile: int | None
     overlap: int
-
-
-class Refused(NamedTuple):
-    """Takes the place of a sample that no skipping may hide: its mask contradicts its image."""
-
-    message: str
 
 
 class Kept:
@@ -213,48 +207,10 @@ class TileSampler(EpochSampler):
         return found
 
 
-class DictLoader(ResumableLoader):
-    """Batches as dicts: images and masks stacked, labels and has_mask as tensors, texts as lists.
-
-    Args:
-        always: put into every batch as they are.
-    """
-
-    def __init__(self, *args: Any, always: dict[str, Any] | None = None, **arguments: Any):
-        super().__init__(*args, collate_batch=collate_dicts, **arguments)
-        self.always = always or {}
-
-    def __iter__(self):
-        for batch, _ in super().__iter__():
-            if isinstance(batch, Refused):
-                raise UsageError(batch.message)
-            yield batch | self.always
-
-
-def collate_dicts(samples: Sequence[Any]) -> tuple[dict[str, Any] | Refused, list[str], list[Unreadable]]:
-    """(batch, paths of its images, the samples that could not be read and are left out)."""
-    refused = [sample for sample in samples if isinstance(sample, Refused)]
-    if refused:
-        return refused[0], [""], []
-    bad = [sample for sample in samples if isinstance(sample, Unreadable)]
-    good = [sample for sample in samples if not isinstance(sample, Unreadable)]
-    return (default_collate(good) if good else {}), [sample["path"] for sample in good], bad
-
-
-def unreadable(path: str, error: Exception) -> Unreadable:
-    """What stands for an image that raised `error`."""
-    return Unreadable(path, " ".join(str(error).split()) or type(error).__name__)
-
-
 def whole(image: Any, look: Look) -> np.ndarray:
     """uint8 (*img_size, C) of a whole picture."""
     inner = inner_size((image.height, image.width), look.img_size, look.resize)
     return pad_to(fit_image(image, inner), look.img_size, "edge")
-
-
-def as_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 (C, H, W) of (H, W, C)."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def _pixels(image: Any) -> np.ndarray:

@@ -5,12 +5,12 @@ random share of them has its twins in train, looks better than any new photo wil
 """
 
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from zoo.data.anomaly_layouts import Photo
 from zoo.data.masks import size_of
 from zoo.errors import UsageError
 
@@ -21,9 +21,22 @@ _NEIGHBOURS = 8  # of each image that it may be grouped with
 _COSTLY = 3e9
 
 
-def hold_out(photos: list[Photo], share: float, purpose: str) -> tuple[list[Photo], list[Photo]]:
+class HasPath(Protocol):
+    """Whatever has the path of an image."""
+
+    @property
+    def path(self) -> str: ...
+
+
+T = TypeVar("T", bound=HasPath)
+
+
+def hold_out(photos: list[T], share: float, purpose: str, kind: str = "good images") -> tuple[list[T], list[T]]:
     """(the rest, about `share` of the images), at least one image each, the same for every seed; images that look
     nearly the same go together.
+
+    Args:
+        purpose, kind: for messages: what they are held out for, and what they are.
 
     Raises:
         UsageError: nothing is left to train on.
@@ -32,8 +45,8 @@ def hold_out(photos: list[Photo], share: float, purpose: str) -> tuple[list[Phot
     if count >= len(photos):
         folder = photos[0].path.rpartition("/")[0]
         raise UsageError(
-            f"a share of {share} for {purpose} of {len(photos)} good images leaves nothing to train on; add good "
-            f"images to {folder!r} (some dozens at least)"
+            f"a share of {share} for {purpose} of {len(photos)} {kind} leaves nothing to train on; add {kind} "
+            f"to {folder!r} (some dozens at least)"
         )
     groups = group_alike(photos, largest=count // _GROUPS)
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
@@ -44,7 +57,7 @@ def hold_out(photos: list[Photo], share: float, purpose: str) -> tuple[list[Phot
     return [p for n, p in enumerate(photos) if n not in held], [p for n, p in enumerate(photos) if n in held]
 
 
-def group_alike(photos: Sequence[Photo], largest: int) -> list[list[int]]:
+def group_alike(photos: Sequence[HasPath], largest: int) -> list[list[int]]:
     """Numbers of images in groups of up to `largest`, made by joining the most alike first; images alone where series
     are too small to matter or would take too long to find.
     """
