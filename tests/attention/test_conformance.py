@@ -35,6 +35,18 @@ CASES = [(name, {}) for name in list_attentions()] + [
     ("halo", {"block_size": 3, "stride": 2}),
     ("lambda", {"intra_depth": 2, "kernel_size": 3, "stride": 2}),
     ("lambda", {"kernel_size": None, "num_heads": 2, "proj": False}),
+    ("grouped_query", {"kv_heads": 1}),
+    ("grouped_query", {"num_heads": 4, "kv_heads": 4}),
+    ("window", {"inner": "grouped_query", "rel_pos_bias": True, "window_size": 3}),
+    ("cross_window", {"inner": "grouped_query"}),
+    ("head_embedding", {"combine": "add"}),
+    ("shifted_window", {"inner": "super", "window_size": 5}),
+    ("shifted_window", {"inner": "persistent_memory", "window_size": 5}),
+    ("shifted_window", {"inner": "rela", "window_size": 5}),
+    ("shifted_window", {"inner": "normalized", "window_size": 5}),
+    ("normalized", {"gelu": False, "num_heads": 2}),
+    ("inverse_distance", {"power": 6.0, "learn_power": True}),
+    ("neural", {"width": 5, "num_heads": 2}),
 ]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in CASES]
 each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
@@ -67,11 +79,21 @@ OTHER = {
     "window_size": 3,
     "shift_size": 1,
     "stripe_width": 2,
+    "kv_heads": 1,
+    "combine": "add",
+    "slots": 3,
+    "reference_keys": 196,
+    "power": 4.0,
+    "eps": 0.5,
+    "width": 5,
 }
 # Rows of weights that may sum to less than 1: a small number in the normaliser. Their own tests say by how much.
 FALL_SHORT = {"focused_linear"}
+# The rest of a row is memory's.
+FALL_SHORT |= {"persistent_memory"}
 # Affinities of any sign and sum.
 SIGNED = {"local_relation", "lambda"}
+SIGNED |= {"rela", "rela_gated", "normalized"}
 
 
 def build(name, options, **framework):
@@ -105,6 +127,18 @@ def test_any_grid_with_and_without_prefix(name, options, grid):
             assert torch.equal(out[:, :prefix], x[:, :prefix])
 
 
+def pairs_resized(table, old, new):
+    """(h*w, h*w) bilinearly to (H*W, H*W), both sides in one step; rows keep their sum over a constant."""
+    (h, w), (height, width) = old, new
+    axes = [torch.eye(n)[:, None, :] for n in (h, w)]
+    rows, columns = (
+        torch.nn.functional.interpolate(axis, size=size, mode="linear", align_corners=False)[:, 0]
+        for axis, size in zip(axes, (height, width), strict=True)
+    )
+    grid = torch.einsum("abcd,aA,bB,cC,dD->ABCD", table.view(h, w, h, w), rows, columns, rows, columns)
+    return grid.reshape(height * width, -1) * (h * w / (height * width))
+
+
 @each_case
 def test_tables_follow_the_grid(name, options):
     """What was made for 7 x 7 answers at 7 x 13 as what was made for that grid, its tables resized by timm."""
@@ -115,7 +149,9 @@ def test_tables_follow_the_grid(name, options):
             table = torch.randn(state[key].shape, generator=torch.Generator().manual_seed(7))
             state[key] = table
             small.load_state_dict({key: table}, strict=False)
-            if table.ndim == 4:  # a table of offsets, (2 * 7 - 1, 2 * 7 - 1, ...)
+            if table.ndim == 2:  # numbers for all pairs of places
+                state[key] = pairs_resized(table, (7, 7), (7, 13))
+            elif table.ndim == 4:  # a table of offsets, (2 * 7 - 1, 2 * 7 - 1, ...)
                 rows = timm.layers.resample_abs_pos_embed(table.view(1, 169, -1), [13, 25], [13, 13], 0)
                 state[key] = rows.view(value.shape)
             else:
