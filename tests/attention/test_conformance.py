@@ -47,6 +47,10 @@ CASES = [(name, {}) for name in list_attentions()] + [
     ("normalized", {"gelu": False, "num_heads": 2}),
     ("inverse_distance", {"power": 6.0, "learn_power": True}),
     ("neural", {"width": 5, "num_heads": 2}),
+    ("efficient", {"normalisation": "scaling", "qk_dim": 16, "value_dim": 40}),
+    ("hedgehog", {"qk_norm": True, "num_heads": 2}),
+    ("multi_token", {"query_kernel": 1, "key_kernel": 5, "head_group": 2, "norm": False}),
+    ("shifted_window", {"inner": "multi_token", "window_size": 5}),
 ]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in CASES]
 each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
@@ -86,6 +90,11 @@ OTHER = {
     "power": 4.0,
     "eps": 0.5,
     "width": 5,
+    "normalisation": "scaling",
+    "value_dim": 16,
+    "query_kernel": 1,
+    "key_kernel": 5,
+    "head_group": 2,
 }
 # Rows of weights that may sum to less than 1: a small number in the normaliser. Their own tests say by how much.
 FALL_SHORT = {"focused_linear"}
@@ -93,7 +102,12 @@ FALL_SHORT = {"focused_linear"}
 FALL_SHORT |= {"persistent_memory"}
 # Affinities of any sign and sum.
 SIGNED = {"local_relation", "lambda"}
-SIGNED |= {"rela", "rela_gated", "normalized"}
+SIGNED |= {"scaling", "multi_token", "rela", "rela_gated", "normalized"}
+
+
+def kinds(name, options):
+    """What a case is: its name, that of the mechanism inside, and what its options name."""
+    return {name, *(value for value in options.values() if isinstance(value, str))}
 
 
 def build(name, options, **framework):
@@ -269,9 +283,9 @@ def test_attention_map_rows_are_weights(name, options):
         rows, columns = attention.out_grid(grid)
         assert weights.shape[2:] == (prefix + rows * columns, weights.shape[3])
         sums = weights.sum(-1)
-        if {name, options.get("inner")} & SIGNED:
+        if kinds(name, options) & SIGNED:
             continue
-        if {name, options.get("inner")} & FALL_SHORT:
+        if kinds(name, options) & FALL_SHORT:
             assert weights.min() >= 0
             assert 0 < sums.max() <= 1 + 1e-5
             continue
@@ -289,7 +303,7 @@ def test_autocast_is_near_and_leaves_weights_in_float32(name, options, dtype):
     # As below: bf16 keeps 8 bits of projections and values of order 1.
     torch.testing.assert_close(out.float(), attention(x, grid), rtol=0.05, atol=0.05)
     assert weights.dtype == torch.float32
-    if not {name, options.get("inner")} & (SIGNED | FALL_SHORT):
+    if not kinds(name, options) & (SIGNED | FALL_SHORT):
         # Not rounded on the way: sums of 30 float32 weights.
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=1e-6, atol=2e-6)
 
