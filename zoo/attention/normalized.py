@@ -84,8 +84,8 @@ class NormalizedAttention(MapAttention):
         return (self.gamma * self.standardise(centred, variance) + self.beta) * seen
 
     def standardise(self, centred: Tensor, variance: Tensor) -> Tensor:
-        # The slope of the root at zero is infinite; a number that the sum below does not see bounds it.
-        return centred / ((variance + 1e-12).sqrt() + self.eps)
+        # The slope of the root at zero is infinite; the sum does not see what is cut off.
+        return centred / (variance.clamp(min=1e-12).sqrt() + self.eps)
 
     def forward(
         self,
