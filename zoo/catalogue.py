@@ -105,8 +105,8 @@ def attentions_in(model: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-# Networks that take any mechanism: what timm builds, with which arguments. Small, but with the numbers of heads that the
-# networks have; real numbers start faster than those of the meta device.
+# Networks that take any mechanism: what timm builds, with which arguments. Small, but with the networks' numbers of
+# heads; real numbers start faster than those of the meta device.
 _SIZE: dict[str, Any] = {"img_size": 64, "num_classes": 5}
 _VIT: dict[str, Any] = {**_SIZE, "depth": 1, "embed_dim": 48}
 HOSTS: dict[str, tuple[str, dict[str, Any]]] = {

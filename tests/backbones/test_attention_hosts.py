@@ -1,6 +1,7 @@
-"""Every mechanism in a plain transformer, a ResNet and inside the windows of Swin: trained and evaluated, or refused."""
+"""Every mechanism in a plain transformer, a ResNet and the windows of Swin: trained and evaluated, or refused."""
 
 import pytest
+import timm
 import torch
 
 from zoo import list_attentions
@@ -57,3 +58,23 @@ def test_works_or_is_refused_with_the_reason(attn, host):
 )
 def test_hosts_in_words(attn, hosts):
     assert hosts_of(attn) == hosts
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_what_starts_with_a_meaning_does_not_decay(host):
+    """Every number that timm would let decay, of every mechanism, is a weight of projections or mixes freely."""
+    starts = {
+        "head_embedding": {"q_embed", "k_embed", "v_embed"},
+        "persistent_memory": {"memory_k", "memory_v"},
+        "multi_token": {"logit_kernel", "weight_kernel", "logit_mix", "weight_mix"},
+        "hedgehog": {"q_map", "q_offset", "k_map", "k_offset"},
+        "normalized": {"gamma", "beta"},
+        "softmax": set(),
+    }
+    for attn, names in starts.items():
+        model = create_host(host, attn)
+        groups = timm.optim.param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
+        decays = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+        found = {key.rpartition(".")[2]: id(p) in decays for key, p in model.named_parameters()}
+        assert {key for key in names if not found[key]} == names
+        assert found["weight"]  # of a linear layer or convolution

@@ -41,6 +41,8 @@ class NormalizedAttention(MapAttention):
     Forms a map of N x N, bounded by `check_map`. Dropout of weights would move their mean: there is none.
     """
 
+    undecayed = ("gamma", "beta")
+
     def __init__(
         self,
         dim: int,
