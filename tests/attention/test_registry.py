@@ -43,6 +43,18 @@ def test_a_map_of_all_pairs_is_declared_and_bounded(name, monkeypatch):
         attention(x, grid)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_bound_on_maps_by_hand(compiled):
+    """3 heads x 4,096 x 4,096 are 50.3 million numbers an image: 42 images are below 2**31, 43 above."""
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        attention = create_attention("rela", 192, num_heads=3)
+        call = torch.compile(attention, backend="eager") if compiled else attention
+        assert call(torch.empty(42, 4096, 192)).shape == (42, 4096, 192)
+        with pytest.raises(ValueError, match=r"43 images x 3 heads x 4096 queries.*At most 42 of these"):
+            call(torch.empty(43, 4096, 192))
+
+
 def test_unknown_names_and_options_help():
     with pytest.raises(UsageError, match="Did you mean 'softmax'"):
         create_attention("sofmax", DIM)
