@@ -7,10 +7,9 @@ import pytest
 import timm
 import torch
 
-from zoo.attention import attention_spec, create_attention, list_attentions, register_attention, with_defaults
-from zoo.attention.adapters import MapAdapter, TokensAdapter
-from zoo.attention.base import Attention
-from zoo.errors import UsageError
+from zoo.attention import attention_spec, create_attention, list_attentions
+
+from .loops import pairs_resized
 
 DIM = 32
 SIZES = [(1, 1), (7, 13), (14, 14)]
@@ -35,6 +34,22 @@ CASES = [(name, {}) for name in list_attentions()] + [
     ("halo", {"block_size": 3, "stride": 2}),
     ("lambda", {"intra_depth": 2, "kernel_size": 3, "stride": 2}),
     ("lambda", {"kernel_size": None, "num_heads": 2, "proj": False}),
+    ("grouped_query", {"kv_heads": 1}),
+    ("grouped_query", {"num_heads": 4, "kv_heads": 4}),
+    ("window", {"inner": "grouped_query", "rel_pos_bias": True, "window_size": 3}),
+    ("cross_window", {"inner": "grouped_query"}),
+    ("head_embedding", {"combine": "add"}),
+    ("shifted_window", {"inner": "super", "window_size": 5}),
+    ("shifted_window", {"inner": "persistent_memory", "window_size": 5}),
+    ("shifted_window", {"inner": "rela", "window_size": 5}),
+    ("shifted_window", {"inner": "normalized", "window_size": 5}),
+    ("normalized", {"gelu": False, "num_heads": 2}),
+    ("inverse_distance", {"power": 6.0, "learn_power": True}),
+    ("neural", {"width": 5, "num_heads": 2}),
+    ("efficient", {"normalisation": "scaling", "key_dim": 16, "value_dim": 40}),
+    ("hedgehog", {"qk_norm": True, "num_heads": 2}),
+    ("multi_token", {"query_kernel": 1, "key_kernel": 5, "head_group": 2, "norm": False}),
+    ("shifted_window", {"inner": "multi_token", "window_size": 5}),
 ]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in CASES]
 each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
@@ -67,11 +82,32 @@ OTHER = {
     "window_size": 3,
     "shift_size": 1,
     "stripe_width": 2,
+    "kv_heads": 1,
+    "combine": "add",
+    "slots": 3,
+    "reference_keys": 196,
+    "power": 4.0,
+    "eps": 0.5,
+    "width": 5,
+    "normalisation": "scaling",
+    "key_dim": 8,
+    "value_dim": 16,
+    "query_kernel": 1,
+    "key_kernel": 5,
+    "head_group": 2,
 }
 # Rows of weights that may sum to less than 1: a small number in the normaliser. Their own tests say by how much.
 FALL_SHORT = {"focused_linear"}
+# The rest of a row is memory's.
+FALL_SHORT |= {"persistent_memory"}
 # Affinities of any sign and sum.
 SIGNED = {"local_relation", "lambda"}
+SIGNED |= {"scaling", "multi_token", "rela", "rela_gated", "normalized"}
+
+
+def kinds(name, options):
+    """What a case is: its name, that of the mechanism inside, and what its options name."""
+    return {name, *(value for value in options.values() if isinstance(value, str))}
 
 
 def build(name, options, **framework):
@@ -115,7 +151,9 @@ def test_tables_follow_the_grid(name, options):
             table = torch.randn(state[key].shape, generator=torch.Generator().manual_seed(7))
             state[key] = table
             small.load_state_dict({key: table}, strict=False)
-            if table.ndim == 4:  # a table of offsets, (2 * 7 - 1, 2 * 7 - 1, ...)
+            if table.ndim == 2:  # numbers for all pairs of places
+                state[key] = pairs_resized(table, (7, 7), (7, 13))
+            elif table.ndim == 4:  # a table of offsets, (2 * 7 - 1, 2 * 7 - 1, ...)
                 rows = timm.layers.resample_abs_pos_embed(table.view(1, 169, -1), [13, 25], [13, 13], 0)
                 state[key] = rows.view(value.shape)
             else:
@@ -210,9 +248,9 @@ def test_attention_map_rows_are_weights(name, options):
         rows, columns = attention.out_grid(grid)
         assert weights.shape[2:] == (prefix + rows * columns, weights.shape[3])
         sums = weights.sum(-1)
-        if {name, options.get("inner")} & SIGNED:
+        if kinds(name, options) & SIGNED:
             continue
-        if {name, options.get("inner")} & FALL_SHORT:
+        if kinds(name, options) & FALL_SHORT:
             assert weights.min() >= 0
             assert 0 < sums.max() <= 1 + 1e-5
             continue
@@ -230,7 +268,7 @@ def test_autocast_is_near_and_leaves_weights_in_float32(name, options, dtype):
     # As below: bf16 keeps 8 bits of projections and values of order 1.
     torch.testing.assert_close(out.float(), attention(x, grid), rtol=0.05, atol=0.05)
     assert weights.dtype == torch.float32
-    if not {name, options.get("inner")} & (SIGNED | FALL_SHORT):
+    if not kinds(name, options) & (SIGNED | FALL_SHORT):
         # Not rounded on the way: sums of 30 float32 weights.
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=1e-6, atol=2e-6)
 
@@ -298,98 +336,7 @@ def test_every_option_changes_something(name):
         assert not same_state or outs[0].shape != outs[1].shape or not torch.allclose(*outs, atol=1e-5), option
 
 
-def test_unknown_names_and_options_help():
-    with pytest.raises(UsageError, match="Did you mean 'softmax'"):
-        create_attention("sofmax", DIM)
-    with pytest.raises(UsageError, match=r"'num_head'.*Did you mean 'num_heads'"):
-        create_attention("softmax", DIM, num_head=4)
-    with pytest.raises(UsageError, match=r"num_heads.*Valid: "):
-        create_attention("uniform", DIM, num_heads=4)
-    with pytest.raises(UsageError, match="layout"):
-        create_attention("softmax", DIM, layout="nchw")
-    with pytest.raises(UsageError, match="prefix"):
-        create_attention("softmax", DIM, layout="map", num_prefix_tokens=1)
-    with pytest.raises(UsageError, match="unknown attention 'sofmax'"):
-        create_attention("window", DIM, inner="sofmax")
-    with pytest.raises(ValueError, match=r"num_heads=5.*valid: "):
-        create_attention("softmax", DIM, num_heads=5)
-    with pytest.raises(UsageError, match="window_size"):
-        create_attention("window", DIM, window_size=0)
-    with pytest.raises(UsageError, match="window_size"):
-        create_attention("window", DIM, window_size=2.5)
-    with pytest.raises(UsageError, match="stripe_width"):
-        create_attention("cross_window", DIM, stripe_width=(3, 5))
-    with pytest.raises(UsageError, match="smaller than the window"):
-        create_attention("shifted_window", DIM, window_size=4, shift_size=4)
-    with pytest.raises(ValueError, match=r"do not fill a grid"):
-        create_attention("window", DIM)(tokens((7, 13)), (7, 12))
-
-
 @pytest.mark.parametrize("name", [name for name in list_attentions() if attention_spec(name).wrapper])
 def test_tokens_of_no_known_grid_are_refused(name):
     with pytest.raises(ValueError, match="pass grid="):
         build(name, {})(tokens((7, 13)))
-
-
-def test_registering_checks_the_facts():
-    class Plain(Attention):
-        def __init__(self, dim, *, width=3, grid_size=(14, 14), num_prefix_tokens=0):
-            super().__init__(dim)
-
-    class Swallows(Attention):
-        def __init__(self, dim, **options):
-            super().__init__(dim)
-
-    facts = {"paper": "none", "cost": "0"}
-    with pytest.raises(ValueError, match="registered already"):
-        register_attention("softmax", prefix="mix", supports=("prefix",), **facts)(Plain)
-    with pytest.raises(ValueError, match=r"\*\*kwargs"):
-        register_attention("swallows", prefix="refuse", **facts)(Swallows)
-    with pytest.raises(ValueError, match="does not agree"):
-        register_attention("mixed", prefix="mix", **facts)(Plain)
-    assert "mixed" not in list_attentions()
-
-
-def test_defaults_of_a_host_reach_the_mechanism_inside():
-    defaults = {"num_heads": 4, "qkv_bias": False, "unheard_of": 1}
-    assert with_defaults("softmax", {"qkv_bias": True}, defaults) == {"num_heads": 4, "qkv_bias": True}
-    merged = with_defaults("window", {"window_size": 3}, defaults)
-    assert merged == {"window_size": 3, "inner_options": {"num_heads": 4, "qkv_bias": False}}
-    with pytest.raises(UsageError, match="num_head"):
-        create_attention("window", DIM, **with_defaults("window", {"inner_options": {"num_head": 2}}, defaults))
-
-
-class _Doubles(Attention):
-    """A mechanism that lives in maps and refuses masks, to test the adapters alone."""
-
-    layout = "map"
-
-    def forward(self, x, grid=None, key_mask=None, bias=None):
-        return 2 * x
-
-
-class _Shows(Attention):
-    """Returns its input, so that a test sees which memory the adapters hand on."""
-
-    def forward(self, x, grid=None, key_mask=None, bias=None):
-        return x
-
-
-def test_channels_last_maps_and_tokens_are_views():
-    x = torch.randn(2, DIM, 5, 6).contiguous(memory_format=torch.channels_last)
-    out = MapAdapter(_Shows(DIM))(x)
-    assert out.data_ptr() == x.data_ptr()
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    shows = _Shows(DIM)
-    shows.layout = "map"
-    t = torch.randn(2, 30, DIM)
-    out = TokensAdapter(shows)(t, (5, 6))
-    assert out.data_ptr() == t.data_ptr()
-    assert out.is_contiguous()
-
-
-def test_prefix_tokens_pass_a_native_map_unchanged():
-    x = torch.randn(2, 1 + 30, DIM)
-    out = TokensAdapter(_Doubles(DIM), num_prefix_tokens=1)(x, (5, 6))
-    assert torch.equal(out[:, :1], x[:, :1])
-    assert torch.equal(out[:, 1:], 2 * x[:, 1:])

@@ -1,10 +1,20 @@
 """The attention registry: one file a mechanism, all behind one contract."""
 
 from zoo.attention.base import Attention
+from zoo.attention.efficient import EfficientAttention
+from zoo.attention.fewer_projections import EfficientParamsAttention, OptimisedAttention, SuperAttention
 from zoo.attention.focused_linear import FocusedLinearAttention
+from zoo.attention.grouped_query import GroupedQueryAttention
 from zoo.attention.halo import HaloAttention
+from zoo.attention.head_embedding import HeadEmbeddingAttention
+from zoo.attention.hedgehog import HedgehogAttention
+from zoo.attention.inverse_distance import InverseDistanceAttention
 from zoo.attention.lambda_layer import LambdaAttention
 from zoo.attention.local_relation import LocalRelationAttention
+from zoo.attention.multi_token import MultiTokenAttention
+from zoo.attention.neural import NeuralAttention
+from zoo.attention.normalized import NormalizedAttention
+from zoo.attention.persistent_memory import PersistentMemoryAttention
 from zoo.attention.registry import (
     AttentionSpec,
     attention_spec,
@@ -13,6 +23,8 @@ from zoo.attention.registry import (
     register_attention,
     with_defaults,
 )
+from zoo.attention.rela import GatedRectifiedAttention, RectifiedAttention
+from zoo.attention.selective import SelectiveAttention
 from zoo.attention.single_head import SingleHeadAttention
 from zoo.attention.softmax import SoftmaxAttention
 from zoo.attention.uniform import UniformAttention
@@ -22,13 +34,28 @@ __all__ = [
     "Attention",
     "AttentionSpec",
     "CrossWindowAttention",
+    "EfficientAttention",
+    "EfficientParamsAttention",
     "FocusedLinearAttention",
+    "GatedRectifiedAttention",
+    "GroupedQueryAttention",
     "HaloAttention",
+    "HeadEmbeddingAttention",
+    "HedgehogAttention",
+    "InverseDistanceAttention",
     "LambdaAttention",
     "LocalRelationAttention",
+    "MultiTokenAttention",
+    "NeuralAttention",
+    "NormalizedAttention",
+    "OptimisedAttention",
+    "PersistentMemoryAttention",
+    "RectifiedAttention",
+    "SelectiveAttention",
     "ShiftedWindowAttention",
     "SingleHeadAttention",
     "SoftmaxAttention",
+    "SuperAttention",
     "UniformAttention",
     "WindowAttention",
     "attention_spec",
