@@ -36,6 +36,21 @@ CASES = [(name, {}) for name in list_attentions()] + [
     ("lambda", {"intra_depth": 2, "kernel_size": 3, "stride": 2}),
     ("lambda", {"kernel_size": None, "num_heads": 2, "proj": False}),
 ]
+CASES += [
+    ("sparse_strided", {"pattern": "union"}),
+    ("sparse_fixed", {"summary": "spaced"}),
+    ("multi_scale_window", {"layer_group": 0}),
+    ("moba", {"block_size": 3, "top_blocks": 2}),
+    ("window", {"inner": "moba", "rel_pos_bias": True}),
+    ("mosa", {"dense_heads": 2, "head_dim": 6}),
+    ("cross_window", {"inner": "mosa"}),
+    ("routing", {"local_heads": 0, "clusters": 3}),
+    ("routing", {"normalized": False, "window_size": 4}),
+    ("threshold_relative", {"distance": "euclidean"}),
+    ("relational", {"library_size": 9, "symmetric": True, "num_relations": 2}),
+    ("relational", {"relational_heads": 8, "num_heads": 8}),
+    ("shifted_window", {"inner": "relational", "rel_pos_bias": True}),
+]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in CASES]
 each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 
@@ -67,6 +82,23 @@ OTHER = {
     "window_size": 3,
     "shift_size": 1,
     "stripe_width": 2,
+}
+OTHER |= {
+    "pattern": "union",
+    "summary_size": 3,
+    "summary": "spaced",
+    "layer_group": 1,
+    "top_blocks": 2,
+    "head_dim": 6,
+    "sparsity": 3,
+    "dense_heads": 2,
+    "clusters": 3,
+    "local_heads": 1,
+    "distance": "euclidean",
+    "relational_heads": 2,
+    "num_relations": 2,
+    "max_offset": 2,
+    "library_size": 3,
 }
 # Rows of weights that may sum to less than 1: a small number in the normaliser. Their own tests say by how much.
 FALL_SHORT = {"focused_linear"}
