@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 
-from zoo.attention import attention_spec, create_attention, list_attentions, register_attention, with_defaults
+from zoo.attention import _heads, attention_spec, create_attention, list_attentions, register_attention, with_defaults
 from zoo.attention.adapters import MapAdapter, TokensAdapter
 from zoo.attention.base import Attention
 from zoo.errors import UsageError
@@ -156,6 +156,29 @@ def test_tables_follow_the_grid(name, options):
     x = tokens((7, 13))
     # The same arithmetic on both sides, up to where the resize happens: float32 noise.
     torch.testing.assert_close(small(x, (7, 13)), large(x, (7, 13)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_fixed_grid_is_what_the_parameters_say(name):
+    """A wrapper is as the mechanism inside it."""
+    shapes = [[p.shape for p in build(name, {}, grid_size=size).parameters()] for size in ((7, 7), (7, 13))]
+    assert (shapes[0] != shapes[1]) == attention_spec(name).fixed_grid
+
+
+@pytest.mark.parametrize("name", list_attentions())
+def test_a_map_of_all_pairs_is_declared_and_bounded(name, monkeypatch):
+    """Declared if and only if a bound of 2 images stops 3, by an error that says how many fit."""
+    attention, grid = build(name, {}), (5, 6)
+    x = tokens(grid, batch=3)
+    attention(x, grid)
+    heads = getattr(attention, "num_heads", 1)
+    monkeypatch.setattr(_heads, "MAX_MAP_NUMBERS", 2 * heads * 30 * 30 * getattr(attention, "map_width", 1))
+    if attention_spec(name).forms_map:
+        with pytest.raises(ValueError, match=r"3 images.*At most 2 of these"):
+            attention(x, grid)
+        attention(x[:2], grid)
+    else:
+        attention(x, grid)
 
 
 @each_case
