@@ -66,7 +66,7 @@ OTHER = {
     "qk_dim": 8,
     "attn_drop": 0.5,
     "proj_drop": 0.5,
-    "block_size": 4,
+    "block_size": 5,
     "halo_size": 1,
     "stride": 2,
     "dim_head": 3,
@@ -102,6 +102,10 @@ OTHER |= {
 }
 # Rows of weights that may sum to less than 1: a small number in the normaliser. Their own tests say by how much.
 FALL_SHORT = {"focused_linear"}
+# A token that no head or cluster takes, and a query with nothing above the threshold, have rows of zeros.
+FALL_SHORT |= {"mosa", "routing", "threshold_relative"}
+# They choose tokens by comparison, and rounded inputs turn near ties round.
+CHOOSE = {"moba", "mosa", "routing", "threshold_relative"}
 # Affinities of any sign and sum.
 SIGNED = {"local_relation", "lambda"}
 
@@ -116,6 +120,17 @@ def prefixes(name, options):
     # A wrapper puts prefix tokens into every window, where only a mechanism that mixes them can take them.
     mixed = not spec.wrapper or attention_spec({**spec.options, **options}["inner"]).prefix == "mix"
     return (0, 1) if spec.prefix != "refuse" and mixed else (0,)
+
+
+def assert_near_in_low_precision(name, options, got, want):
+    """bf16 keeps 8 bits of projections and values of order 1; the longest sum here is 91 values."""
+    if not {name, options.get("inner")} & CHOOSE:
+        torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+        return
+    # What one token of another choice changes is its share in a small group of them: a few answers, by a part.
+    apart = (got.float() - want).abs() > 0.05 + 0.05 * want.abs()
+    assert apart.float().mean() < 0.1
+    assert (got.float() - want).norm() < 0.2 * want.norm()
 
 
 def tokens(grid, prefix=0, batch=2, dtype=torch.float32, seed=2):
@@ -282,8 +297,7 @@ def test_autocast_is_near_and_leaves_weights_in_float32(name, options, dtype):
     x = tokens(grid)
     with torch.autocast("cpu", dtype), torch.no_grad():
         out, weights = attention(x, grid), attention.attention_map(x, grid)
-    # As below: bf16 keeps 8 bits of projections and values of order 1.
-    torch.testing.assert_close(out.float(), attention(x, grid), rtol=0.05, atol=0.05)
+    assert_near_in_low_precision(name, options, out, attention(x, grid))
     assert weights.dtype == torch.float32
     if not {name, options.get("inner")} & (SIGNED | FALL_SHORT):
         # Not rounded on the way: sums of 30 float32 weights.
@@ -304,8 +318,7 @@ def test_low_precision_is_finite_and_near(name, options, dtype):
     x = tokens(grid)
     low = copy.deepcopy(attention).to(dtype)(x.to(dtype), grid)
     assert low.dtype == dtype
-    # bf16 keeps 8 bits; the longest sum here is 91 values of order 1.
-    torch.testing.assert_close(low.float(), attention(x, grid), rtol=0.05, atol=0.05)
+    assert_near_in_low_precision(name, options, low, attention(x, grid))
     huge = copy.deepcopy(attention).to(dtype)(30 * x.to(dtype), grid)
     assert huge.isfinite().all()
 

@@ -24,9 +24,14 @@ def check_map(name: str, batch: int, heads: int, queries: int, keys: int, width:
     Raises:
         ValueError: it would have more; with the largest batch that fits.
     """
-    if not torch.jit.is_scripting():
-        if torch.compiler.is_exporting():
-            return
+    if torch.jit.is_scripting():
+        return
+    if not torch.compiler.is_exporting():
+        _check_map(name, batch, heads, queries, keys, width)
+
+
+@torch.jit.unused
+def _check_map(name: str, batch: int, heads: int, queries: int, keys: int, width: int) -> None:
     each = heads * queries * keys * width
     if batch * each > MAX_MAP_NUMBERS:
         raise ValueError(

@@ -1,14 +1,16 @@
 """Softmax attention in which each query sees some keys only: what patterns over the grid share.
 
-All weights are computed and those of unseen pairs are exactly 0, so the cost is that of softmax attention. A mask of
-all pairs of tokens lies in memory: one for the whole batch where the pattern looks at the places alone.
+All weights are computed and those of unseen pairs are exactly 0, so the cost is that of softmax attention, and a mask
+of all pairs of tokens lies in memory besides: one for the whole batch where the pattern looks at the places alone.
+`check_map` bounds it as if every image had its own, because not every kernel of torch shares it.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention.base import MASKED, Attention, Grid, check_heads
+from zoo.attention._heads import HeadAttention, check_map, split_heads
+from zoo.attention.base import MASKED, Grid
 from zoo.kernels.precision import without_autocast
 
 
@@ -19,25 +21,20 @@ def places(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]
     return rows, columns
 
 
-def pair_bias(allowed: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def pair_bias(allowed: Tensor, bias: Tensor | None, dtype: torch.dtype, masked: float = MASKED) -> Tensor:
     """What to add to the logits of pairs `allowed` (broadcastable to (B, heads, queries, keys)) and of others."""
     if bias is None:
-        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, MASKED)
-    return bias.to(dtype).masked_fill(~allowed, MASKED)
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, masked)
+    return bias.to(dtype).masked_fill(~allowed, masked)
 
 
-class PairAttention(Attention):
+class PairAttention(HeadAttention):
     """Multi-head softmax attention to the keys that `pairs` allows; prefix tokens see all and are seen by all.
 
     Args:
-        name: the registered name, for errors.
-        dim: channels of x.
-        num_heads: heads; divides `dim_out`.
-        dim_out: channels of the answer, and of q, k and v; `dim` unless given.
         qkv_bias: biases in the projections to q, k and v.
-        attn_drop, proj_drop: dropout of the weights and of the answer.
-        proj: whether a linear layer follows.
-        grid_size, num_prefix_tokens: as `create_attention` takes them.
+
+    The other arguments are those of `HeadAttention`.
     """
 
     def __init__(
@@ -53,14 +50,8 @@ class PairAttention(Attention):
         grid_size: Grid,
         num_prefix_tokens: int,
     ):
-        super().__init__(dim, dim_out, grid_size, num_prefix_tokens)
-        self.num_heads = num_heads
-        self.head_dim = check_heads(name, self.dim_out, num_heads)
-        self.scale = self.head_dim**-0.5
+        super().__init__(name, dim, num_heads, dim_out, attn_drop, proj_drop, proj, grid_size, num_prefix_tokens)
         self.qkv = nn.Linear(dim, 3 * self.dim_out, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(self.dim_out, self.dim_out) if proj else nn.Identity()
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def pairs(self, q: Tensor, k: Tensor, grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:
         """Which cells see which: bool (B or 1, heads or 1, H*W, H*W).
@@ -83,7 +74,7 @@ class PairAttention(Attention):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=pair_bias(allowed, bias, q.dtype), dropout_p=drop)
         if key_mask is not None:
             out = out.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        return self.finish(out)
 
     def attention_map(
         self, x: Tensor, grid: Grid | None = None, key_mask: Tensor | None = None, bias: Tensor | None = None
@@ -98,8 +89,9 @@ class PairAttention(Attention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B, heads, tokens, head_dim)."""
-        qkv = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        return qkv[0], qkv[1], qkv[2]
+        check_map(self.name, x.shape[0], self.num_heads, x.shape[1], x.shape[1])
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
     def allowed(self, q: Tensor, k: Tensor, grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:
         """Which tokens see which: bool (B or 1, heads or 1, P + H*W, P + H*W)."""

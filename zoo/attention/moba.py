@@ -8,6 +8,7 @@ none is hidden.
 import torch
 from torch import Tensor
 
+from zoo.attention._heads import wide_dtype
 from zoo.attention._pairs import PairAttention, places
 from zoo.attention.base import Grid
 from zoo.attention.registry import register_attention
@@ -22,6 +23,7 @@ from zoo.kernels.precision import without_autocast
     prefix="mix",
     # Where tiles of 4 x 4 divide the grid; the last term is the means of the tiles and their products with queries.
     cost="4*N*C**2 + 2*N**2*C + N**2*C/8",
+    forms_map=True,
 )
 class MobaAttention(PairAttention):
     """Softmax attention of each query, in each head, to its own tile and the best others: q . mean of the tile's keys.
@@ -35,8 +37,8 @@ class MobaAttention(PairAttention):
         block_size: height and width of a tile.
         top_blocks: how many tiles a query sees, its own among them; more than there are is all.
 
-    The other arguments are those of `PairAttention`. A masked key counts in no mean, and a tile without any other key
-    is chosen last.
+    The other arguments are those of `HeadAttention` and `qkv_bias`. A masked key counts in no mean, and a tile without
+    any other key is chosen last.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class MobaAttention(PairAttention):
     @staticmethod
     def _gate(q: Tensor, k: Tensor, member: Tensor, key_mask: Tensor | None) -> Tensor:
         """float32 or wider (B, heads, H*W, blocks): how well the mean key of every block fits a query."""
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         share = member.to(wide)[None]
         if key_mask is not None:
             share = share * key_mask[:, :, None]

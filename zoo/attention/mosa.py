@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention.base import MASKED, Attention, Grid, check_heads
+from zoo.attention._heads import wide_dtype
+from zoo.attention._pairs import pair_bias
+from zoo.attention.base import Attention, Grid, check_heads
 from zoo.attention.registry import register_attention
 from zoo.attention.softmax import SoftmaxAttention
 from zoo.errors import UsageError
@@ -76,9 +78,8 @@ class MosaAttention(Attention):
         self.dense_proj: nn.Module | None = None
         if dense_heads:
             width = dense_heads * head_dim
-            self.dense = SoftmaxAttention(
-                *(dim,), num_heads=dense_heads, dim_out=width, qkv_bias=False, attn_drop=attn_drop, proj=False
-            )
+            plain = {"qkv_bias": False, "attn_drop": attn_drop, "proj": False}
+            self.dense = SoftmaxAttention(dim, num_heads=dense_heads, dim_out=width, **plain)
             self.dense_proj = nn.Linear(width, self.dim_out, bias=False)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -101,7 +102,7 @@ class MosaAttention(Attention):
         drop = self.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=drop)
         out = (out * rate.to(out.dtype)[..., None]) @ self.proj.to(out.dtype)
-        wide = torch.promote_types(out.dtype, torch.float32)
+        wide = wide_dtype(out)
         place = chosen.flatten(1)[:, :, None].expand(-1, -1, self.dim_out)
         total = torch.zeros(x.shape[0], x.shape[1], self.dim_out, dtype=wide, device=x.device)
         total = total.scatter_add(1, place, out.to(wide).flatten(1, 2))
@@ -142,7 +143,7 @@ class MosaAttention(Attention):
 
     @staticmethod
     def _score(x: Tensor, router: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = wide_dtype(x)
         return router.to(wide) @ x.to(wide).transpose(1, 2)
 
     @torch.jit.unused
@@ -164,4 +165,4 @@ class MosaAttention(Attention):
         if key_mask is None:
             return None
         seen = key_mask[:, None, :].expand(chosen.shape[0], chosen.shape[1], -1).gather(2, chosen)[:, :, None, :]
-        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, MASKED)
+        return pair_bias(seen, None, dtype)

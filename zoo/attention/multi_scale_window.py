@@ -29,6 +29,7 @@ def odd_side(side: float, factor: float) -> int:
     supports=("key_mask", "bias", "prefix"),
     prefix="mix",
     cost="4*N*C**2 + 2*N**2*C",
+    forms_map=True,
 )
 class MultiScaleWindowAttention(PairAttention):
     """Softmax attention of each cell to the square around it, whose side depends on the head.
@@ -45,7 +46,7 @@ class MultiScaleWindowAttention(PairAttention):
         layer_group: 0 (the first quarter of a network's layers) to 3 (the last). A network takes it block by block,
             in a ViT `attn_options=[{"layer_group": 4 * i // depth} for i in range(depth)]`.
 
-    The other arguments are those of `PairAttention`.
+    The other arguments are those of `HeadAttention` and `qkv_bias`.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.attention._heads import join_heads, masked_softmax, split_heads, wide_dtype
 from zoo.attention._pairs import places
 from zoo.attention.base import Attention, Grid, check_heads, logit_bias, zero_without_keys
 from zoo.attention.registry import register_attention
@@ -149,28 +150,24 @@ class RelationalAttention(Attention):
         The heads of a bias are the ordinary ones, then the relational ones.
         """
         plain = self.plain_heads
-        q, k = self.heads(self.qk(x), 2 * self.num_heads).chunk(2, dim=1)
+        q, k = split_heads(self.qk(x), 2 * self.num_heads).chunk(2, dim=1)
         added = logit_bias(key_mask, bias, q.dtype)
         first, second = added, added
         if added is not None and added.shape[1] > 1:
             first, second = added[:, :plain], added[:, plain:]
         parts: list[Tensor] = []
         if self.v is not None:
-            out = self.attend(q[:, :plain], k[:, :plain], self.heads(self.v(x), plain), first)
-            parts.append(self.proj(zero_without_keys(out, key_mask).transpose(1, 2).flatten(2)))
+            out = self.attend(q[:, :plain], k[:, :plain], split_heads(self.v(x), plain), first)
+            parts.append(self.proj(join_heads(zero_without_keys(out, key_mask))))
         if self.relate is not None:
             grid = self.token_grid(x, grid)
             out = self.gather(x, q[:, plain:], k[:, plain:], grid, second)
-            parts.append(self.relational_proj(zero_without_keys(out, key_mask).transpose(1, 2).flatten(2)))
+            parts.append(self.relational_proj(join_heads(zero_without_keys(out, key_mask))))
         return self.proj_drop(torch.cat(parts, dim=-1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
         drop = self.attn_drop.p if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=drop)
-
-    def heads(self, x: Tensor, count: int) -> Tensor:
-        """(B, tokens, C) as (B, count, tokens, C / count)."""
-        return x.unflatten(2, (count, -1)).transpose(1, 2)
 
     def gather(self, x: Tensor, q: Tensor, k: Tensor, grid: tuple[int, int], added: Tensor | None) -> Tensor:
         """Answers (B, relational heads, tokens, head_dim) before their projection."""
@@ -179,7 +176,7 @@ class RelationalAttention(Attention):
         left, right = related[..., :width], related[..., -width:]
         carried = [right[:, None].expand(-1, heads, -1, -1)]
         if self.library is not None:
-            carried.append(self.heads(self.symbol_proj(self.library(x)), heads))
+            carried.append(split_heads(self.symbol_proj(self.library(x)), heads))
         else:
             carried.append(self.marks(grid, right.dtype, x.device).expand(x.shape[0], heads, -1, -1))
         got = self.attend(q, k, torch.cat(carried, dim=-1), added)
@@ -191,7 +188,7 @@ class RelationalAttention(Attention):
     def relations(self, left: Tensor, right: Tensor) -> Tensor:
         """Gathered relations (B, heads, tokens, n): left (B, tokens, C'), right (B, heads, tokens, C'); float32."""
         shape = (self.num_relations, self.relation_dim)
-        wide = torch.promote_types(left.dtype, torch.float32)
+        wide = wide_dtype(left)
         pairs = left.to(wide)[:, None].unflatten(-1, shape) * right.to(wide).unflatten(-1, shape)
         return pairs.sum(dim=-1) * self.relation_dim**-0.5
 
@@ -226,9 +223,7 @@ class RelationalAttention(Attention):
         self, x: Tensor, grid: Grid | None = None, key_mask: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """float32 weights (B, heads, queries, keys), the ordinary heads first."""
-        q, k = self.heads(self.qk(x), 2 * self.num_heads).chunk(2, dim=1)
+        q, k = split_heads(self.qk(x), 2 * self.num_heads).chunk(2, dim=1)
         with without_autocast(x):
             logits = (q.float() * self.scale) @ k.float().transpose(-2, -1)
-        added = logit_bias(key_mask, bias, torch.float32)
-        weights = (logits if added is None else logits + added).softmax(dim=-1)
-        return zero_without_keys(weights, key_mask)
+        return masked_softmax(logits, key_mask, bias)

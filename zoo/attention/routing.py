@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention.base import MASKED, Attention, Grid, check_heads, logit_bias, zero_without_keys
+from zoo.attention._heads import HeadAttention, split_heads, wide_dtype
+from zoo.attention._pairs import pair_bias
+from zoo.attention.base import Grid, logit_bias, zero_without_keys
 from zoo.attention.registry import register_attention
 from zoo.attention.window import grid_tokens, make_cut, split, window_tokens
 from zoo.errors import UsageError
@@ -25,7 +27,7 @@ from zoo.kernels.precision import without_autocast
     # 8 heads, half of them in windows of 7 x 7 that divide the grid, half in 8 clusters whose number divides N.
     cost="4*N*C**2 + 49*N*C + 8*N*C + N**2*C/8",
 )
-class RoutingAttention(Attention):
+class RoutingAttention(HeadAttention):
     """Softmax attention inside clusters in half of the heads, inside windows in the others.
 
     Each of the c centroids of a head takes the N / c (rounded up) queries and as many keys that lie nearest to it, both
@@ -67,9 +69,7 @@ class RoutingAttention(Attention):
         grid_size: Grid = (14, 14),
         num_prefix_tokens: int = 0,
     ):
-        super().__init__(dim, dim_out, grid_size, num_prefix_tokens)
-        self.num_heads = num_heads
-        self.head_dim = check_heads("routing", self.dim_out, num_heads)
+        super().__init__("routing", dim, num_heads, dim_out, attn_drop, proj_drop, proj, grid_size, num_prefix_tokens)
         self.local_heads = num_heads // 2 if local_heads is None else local_heads
         if clusters < 1 or window_size < 1 or not 0 <= self.local_heads <= num_heads:
             raise UsageError(
@@ -79,13 +79,9 @@ class RoutingAttention(Attention):
         self.clusters, self.window_size, self.normalized = clusters, window_size, normalized
         # The paper's: how much of a centroid a step keeps.
         self.decay = 0.999
-        self.scale = self.head_dim**-0.5
         self.qkv = nn.Linear(dim, 3 * self.dim_out, bias=qkv_bias)
         routed = num_heads - self.local_heads
         self.register_buffer("centroids", F.normalize(torch.randn(routed, clusters, self.head_dim), dim=-1))
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(self.dim_out, self.dim_out) if proj else nn.Identity()
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
         self,
@@ -111,13 +107,12 @@ class RoutingAttention(Attention):
             added = logit_bias(key_mask, None, q.dtype)
             first = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, attn_mask=added, dropout_p=drop)
             out = torch.cat([first, out], dim=2)
-        out = zero_without_keys(out, key_mask).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(out))
+        return self.finish(zero_without_keys(out, key_mask))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B, heads, tokens, head_dim)."""
-        qkv = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        return qkv[0], qkv[1], qkv[2]
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
     def windowed(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], key_mask: Tensor | None) -> Tensor:
         """Answers (B, heads, H*W, head_dim) of cells to the keys of their window and the prefix."""
@@ -147,7 +142,7 @@ class RoutingAttention(Attention):
             attn_mask=self.unseen(keys, key_mask, q.dtype),
             dropout_p=drop,
         )
-        wide = torch.promote_types(out.dtype, torch.float32)
+        wide = wide_dtype(out)
         if key_mask is not None:
             out = out.masked_fill(~self.seen(keys, key_mask).any(dim=-1)[..., None, None], 0.0)
         shape = [q.shape[0], q.shape[1], q.shape[2] - prefix, self.head_dim]
@@ -169,7 +164,7 @@ class RoutingAttention(Attention):
         """
         prefix = self.num_prefix_tokens
         q, k = self.normal(q[:, :, prefix:].detach()), self.normal(k[:, :, prefix:].detach())
-        wide = torch.promote_types(q.dtype, torch.float32)
+        wide = wide_dtype(q)
         q, k, centroids = q.to(wide), k.to(wide), self.centroids.to(wide)
         if torch.jit.is_scripting():
             fit_q, fit_k = self._fit(q, centroids), self._fit(k, centroids)
@@ -233,8 +228,7 @@ class RoutingAttention(Attention):
         """What to add to the logits of masked keys: (B, heads, c, 1, P + w)."""
         if key_mask is None:
             return None
-        seen = self.seen(places, key_mask)[:, :, :, None, :]
-        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, MASKED)
+        return pair_bias(self.seen(places, key_mask)[:, :, :, None, :], None, dtype)
 
     def attention_map(self, x: Tensor, grid: Grid | None = None, key_mask: Tensor | None = None) -> Tensor:
         """float32 weights (B, heads, queries, keys); the row of a cell that is in no cluster is 0."""
@@ -261,7 +255,7 @@ class RoutingAttention(Attention):
             group[cells] = window
         same = F.pad(group[1:, None] == group[None, 1:], (prefix, 0, prefix, 0), value=True)
         both = same[None, None] & seen[:, None, None, :]
-        weights = logits.masked_fill(~both, MASKED).softmax(dim=-1)
+        weights = (logits + pair_bias(both, None, torch.float32)).softmax(dim=-1)
         return weights.masked_fill(~both.any(dim=-1, keepdim=True), 0.0)
 
     def cluster_weights(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ PAPER = "Generating Long Sequences with Sparse Transformers, arXiv 1904.10509"
     supports=("key_mask", "bias", "prefix"),
     prefix="mix",
     cost="4*N*C**2 + 2*N**2*C",
+    forms_map=True,
 )
 class SparseStridedAttention(PairAttention):
     """Softmax attention of each cell to its row or column.
@@ -34,7 +35,7 @@ class SparseStridedAttention(PairAttention):
             columns, and a single head both; "union": every head sees both under one softmax; "rows" or "columns", for
             networks that alternate them block by block.
 
-    The other arguments are those of `PairAttention`.
+    The other arguments are those of `HeadAttention` and `qkv_bias`.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class SparseStridedAttention(PairAttention):
     supports=("key_mask", "bias", "prefix"),
     prefix="mix",
     cost="4*N*C**2 + 2*N**2*C",
+    forms_map=True,
 )
 class SparseFixedAttention(PairAttention):
     """Softmax attention of each cell to its row and to summary columns that all see.
@@ -93,7 +95,7 @@ class SparseFixedAttention(PairAttention):
         summary: "edge": the last ones, as in the paper, where these are what comes latest in a row; "spaced": so many
             columns and as many rows, evenly spaced, which suits an encoder that reads both ways (ours).
 
-    The other arguments are those of `PairAttention`.
+    The other arguments are those of `HeadAttention` and `qkv_bias`.
     """
 
     def __init__(

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention._pairs import places
-from zoo.attention.base import MASKED, Attention, Grid, check_heads
+from zoo.attention._heads import HeadAttention, check_map, split_heads, wide_dtype
+from zoo.attention._pairs import pair_bias, places
+from zoo.attention.base import Grid
 from zoo.attention.registry import register_attention
 from zoo.errors import unknown
 from zoo.kernels.precision import without_autocast
@@ -21,8 +22,9 @@ from zoo.kernels.precision import without_autocast
     supports=("key_mask", "prefix"),
     prefix="mix",
     cost="4*N*C**2 + 2*N**2*C + 8*N*C",
+    forms_map=True,
 )
-class ThresholdRelativeAttention(Attention):
+class ThresholdRelativeAttention(HeadAttention):
     """Weights of query i: softmax of S_ij + delta_i * n_ij over the keys j with S_ij > 0.
 
     S = relu(q k^T / sqrt(d)) of q and k divided by their root mean square; delta_i = log sigmoid(w x_i + b) <= 0 for
@@ -58,19 +60,15 @@ class ThresholdRelativeAttention(Attention):
         grid_size: Grid = (14, 14),
         num_prefix_tokens: int = 0,
     ):
-        super().__init__(dim, dim_out, grid_size, num_prefix_tokens)
-        self.num_heads = num_heads
-        self.head_dim = check_heads("threshold_relative", self.dim_out, num_heads)
+        super().__init__(
+            *("threshold_relative", dim, num_heads, dim_out, attn_drop, proj_drop, proj, grid_size, num_prefix_tokens)
+        )
         if distance not in ("chebyshev", "euclidean"):
             raise unknown("distance of attention 'threshold_relative':", distance, ("chebyshev", "euclidean"))
         self.distance = distance
-        self.scale = self.head_dim**-0.5
         self.eps = 1e-6
         self.qkv = nn.Linear(dim, 3 * self.dim_out, bias=qkv_bias)
         self.decay = nn.Linear(dim, num_heads)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(self.dim_out, self.dim_out) if proj else nn.Identity()
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
         self,
@@ -83,8 +81,7 @@ class ThresholdRelativeAttention(Attention):
         if bias is not None:
             raise ValueError("attention 'threshold_relative' thresholds its logits, so it takes no bias; use 'softmax'")
         weights, v = self.weigh(x, grid, key_mask)
-        out = (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(out))
+        return self.finish(weights.to(v.dtype) @ v)
 
     def attention_map(self, x: Tensor, grid: Grid | None = None, key_mask: Tensor | None = None) -> Tensor:
         """float32 weights (B, heads, queries, keys); the row of a query with nothing above the threshold is 0."""
@@ -92,18 +89,20 @@ class ThresholdRelativeAttention(Attention):
 
     def weigh(self, x: Tensor, grid: tuple[int, int] | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights (B, heads, tokens, tokens), float32 or wider, and v (B, heads, tokens, head_dim)."""
+        check_map(self.name, x.shape[0], self.num_heads, x.shape[1], x.shape[1])
         grid = self.token_grid(x, grid)
-        qkv = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        q, k = self.unit(qkv[0].to(wide)), self.unit(qkv[1].to(wide))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        wide = wide_dtype(x)
+        q = self.unit(split_heads(q, self.num_heads).to(wide))
+        k = self.unit(split_heads(k, self.num_heads).to(wide))
         logits = self._product(q, k) if torch.jit.is_scripting() else self._precise(q, k)
         kept = logits > 0
         if key_mask is not None:
             kept = kept & key_mask[:, None, None, :]
         delta = F.logsigmoid(self.decay(x).to(wide)).transpose(1, 2)[..., None]
         logits = logits.relu() + delta * self.nearer(kept, grid).to(wide)
-        logits = self.attn_drop(logits).masked_fill(~kept, MASKED)
-        return logits.softmax(dim=-1).masked_fill(~kept.any(dim=-1, keepdim=True), 0.0), qkv[2]
+        weights = (self.attn_drop(logits) + pair_bias(kept, None, wide)).softmax(dim=-1)
+        return weights.masked_fill(~kept.any(dim=-1, keepdim=True), 0.0), split_heads(v, self.num_heads)
 
     def unit(self, x: Tensor) -> Tensor:
         """x over the root mean square of its last dimension."""
@@ -126,7 +125,7 @@ class ThresholdRelativeAttention(Attention):
         # Rings count from 0 to that of the far corner.
         last = max(grid[0], grid[1]) - 1
         if self.distance == "euclidean":
-            last = (grid[0] - 1) ** 2 + (grid[1] - 1) ** 2
+            last = (grid[0] - 1) * (grid[0] - 1) + (grid[1] - 1) * (grid[1] - 1)
         place = ring[None, None].expand(kept.shape[0], kept.shape[1], -1, -1)
         count = torch.zeros(kept.shape[0], kept.shape[1], ring.shape[0], last + 1, device=kept.device)
         count = count.scatter_add(-1, place, inner).cumsum(dim=-1).gather(-1, place)
