@@ -24,7 +24,8 @@ from zoo.kernels.precision import without_autocast
     paper="Efficient Content-Based Sparse Attention with Routing Transformers, arXiv 2003.05997",
     supports=("key_mask", "prefix"),
     prefix="mix",
-    # 8 heads, half of them in windows of 7 x 7 that divide the grid, half in 8 clusters whose number divides N.
+    # 8 heads, half of them in windows of 7 x 7 that divide the grid, half in 8 clusters whose number divides N; moving
+    # the centroids takes 8*N*C more.
     cost="4*N*C**2 + 49*N*C + 8*N*C + N**2*C/8",
 )
 class RoutingAttention(HeadAttention):
