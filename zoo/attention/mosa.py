@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.attention._choose import first_best
 from zoo.attention._heads import wide_dtype
 from zoo.attention._pairs import pair_bias
 from zoo.attention.base import Attention, Grid, check_heads
@@ -78,8 +79,9 @@ class MosaAttention(Attention):
         self.dense_proj: nn.Module | None = None
         if dense_heads:
             width = dense_heads * head_dim
-            plain = {"qkv_bias": False, "attn_drop": attn_drop, "proj": False}
-            self.dense = SoftmaxAttention(dim, num_heads=dense_heads, dim_out=width, **plain)
+            self.dense = SoftmaxAttention(
+                dim, num_heads=dense_heads, dim_out=width, qkv_bias=False, attn_drop=attn_drop, proj=False
+            )
             self.dense_proj = nn.Linear(width, self.dim_out, bias=False)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -138,7 +140,7 @@ class MosaAttention(Attention):
         if key_mask is not None:
             order = order.masked_fill(~key_mask[:, None, :], float("-inf"))
         k = min(max(count // self.sparsity, prefix + 2), count)
-        chosen = order.topk(k, dim=-1).indices
+        chosen = first_best(order, k)
         return chosen, score.gather(2, chosen).sigmoid()
 
     @staticmethod

@@ -57,8 +57,8 @@ class SymbolLibrary(nn.Module):
     "arXiv 2405.16727",
     supports=("key_mask", "bias", "prefix"),
     prefix="mix",
-    # 8 heads, 4 of them relational, on a square grid: projections, weights, what each kind of head gathers.
-    cost="4*N*C**2 + N**2*C + N**2*C/2 + N**2*(2*C + 8*N**0.5) + N*C/2*(4 + 2*N**0.5) + N**0.5*2*33*C**2",
+    # 8 heads, 4 of them relational, on a square grid: projections, weights, what each kind of head gathers; symbols.
+    cost="4*N*C**2 + N**2*C + N**2*C/2 + N**2*(2*C + 8*N**0.5 + 4) + N*C*(2 + N**0.5) + 33*C**2",
 )
 class RelationalAttention(Attention):
     """Softmax attention in some heads; in the others o_i = sum_j w_ij (W_r r_ij + W_s s_ij), then two projections.

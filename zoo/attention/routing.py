@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.attention._choose import first_best
 from zoo.attention._heads import HeadAttention, split_heads, wide_dtype
 from zoo.attention._pairs import pair_bias
 from zoo.attention.base import Grid, logit_bias, zero_without_keys
@@ -82,6 +83,7 @@ class RoutingAttention(HeadAttention):
         self.decay = 0.999
         self.qkv = nn.Linear(dim, 3 * self.dim_out, bias=qkv_bias)
         routed = num_heads - self.local_heads
+        self.centroids: Tensor
         self.register_buffer("centroids", F.normalize(torch.randn(routed, clusters, self.head_dim), dim=-1))
 
     def forward(
@@ -137,12 +139,13 @@ class RoutingAttention(HeadAttention):
             q, k = self.normal(q), self.normal(k)
         drop = self.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(
-            self.take(q[:, :, prefix:], queries),
-            self.with_prefix(k, keys),
-            self.with_prefix(v, keys),
+            self.take(q[:, :, prefix:], queries).flatten(1, 2),
+            self.with_prefix(k, keys).flatten(1, 2),
+            self.with_prefix(v, keys).flatten(1, 2),
             attn_mask=self.unseen(keys, key_mask, q.dtype),
             dropout_p=drop,
         )
+        out = out.unflatten(1, (q.shape[1], self.clusters))
         wide = wide_dtype(out)
         if key_mask is not None:
             out = out.masked_fill(~self.seen(keys, key_mask).any(dim=-1)[..., None, None], 0.0)
@@ -176,7 +179,7 @@ class RoutingAttention(HeadAttention):
             fit_q, fit_k = fit_q.masked_fill(hidden, float("-inf")), fit_k.masked_fill(hidden, float("-inf"))
         count = q.shape[2]
         size = (count + self.clusters - 1) // self.clusters
-        taken = fit_q.topk(size, dim=-1).indices, fit_k.topk(size, dim=-1).indices
+        taken = first_best(fit_q, size), first_best(fit_k, size)
         if learn:
             self.move(torch.cat([q, k], dim=2), torch.cat([fit_q, fit_k], dim=3))
         return taken
@@ -226,10 +229,10 @@ class RoutingAttention(HeadAttention):
         return self.with_prefix(mask, places).squeeze(-1)
 
     def unseen(self, places: Tensor, key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """What to add to the logits of masked keys: (B, heads, c, 1, P + w)."""
+        """What to add to the logits of masked keys: (B, heads * c, 1, P + w)."""
         if key_mask is None:
             return None
-        return pair_bias(self.seen(places, key_mask)[:, :, :, None, :], None, dtype)
+        return pair_bias(self.seen(places, key_mask)[:, :, :, None, :].flatten(1, 2), None, dtype)
 
     def attention_map(self, x: Tensor, grid: Grid | None = None, key_mask: Tensor | None = None) -> Tensor:
         """float32 weights (B, heads, queries, keys); the row of a cell that is in no cluster is 0."""
@@ -266,7 +269,7 @@ class RoutingAttention(HeadAttention):
         if self.normalized:
             q, k = self.normal(q), self.normal(k)
         inner = (self.take(q[:, :, prefix:], queries).float() * self.scale) @ self.with_prefix(k, keys).float().mT
-        local = (inner + self.unseen(keys, seen, torch.float32)).softmax(dim=-1)
+        local = (inner + self.unseen(keys, seen, torch.float32).unflatten(1, inner.shape[1:3])).softmax(dim=-1)
         local = local.masked_fill(~self.seen(keys, seen).any(dim=-1)[..., None, None], 0.0)
         first = torch.arange(prefix, device=q.device).expand(*keys.shape[:3], -1)
         columns = torch.cat([first, keys + prefix], dim=-1)
