@@ -35,6 +35,22 @@ CASES = [(name, {}) for name in list_attentions()] + [
     ("halo", {"block_size": 3, "stride": 2}),
     ("lambda", {"intra_depth": 2, "kernel_size": 3, "stride": 2}),
     ("lambda", {"kernel_size": None, "num_heads": 2, "proj": False}),
+    ("grouped_query", {"kv_heads": 1}),
+    ("grouped_query", {"num_heads": 4, "kv_heads": 4}),
+    ("window", {"inner": "grouped_query", "rel_pos_bias": True, "window_size": 3}),
+    ("cross_window", {"inner": "grouped_query"}),
+    ("head_embedding", {"combine": "add"}),
+    ("shifted_window", {"inner": "super", "window_size": 5}),
+    ("shifted_window", {"inner": "persistent_memory", "window_size": 5}),
+    ("shifted_window", {"inner": "rela", "window_size": 5}),
+    ("shifted_window", {"inner": "normalized", "window_size": 5}),
+    ("normalized", {"gelu": False, "num_heads": 2}),
+    ("inverse_distance", {"power": 6.0, "learn_power": True}),
+    ("neural", {"width": 5, "num_heads": 2}),
+    ("efficient", {"normalisation": "scaling", "qk_dim": 16, "value_dim": 40}),
+    ("hedgehog", {"qk_norm": True, "num_heads": 2}),
+    ("multi_token", {"query_kernel": 1, "key_kernel": 5, "head_group": 2, "norm": False}),
+    ("shifted_window", {"inner": "multi_token", "window_size": 5}),
 ]
 CASES += [
     ("sparse_strided", {"pattern": "union"}),
@@ -82,6 +98,18 @@ OTHER = {
     "window_size": 3,
     "shift_size": 1,
     "stripe_width": 2,
+    "kv_heads": 1,
+    "combine": "add",
+    "slots": 3,
+    "reference_keys": 196,
+    "power": 4.0,
+    "eps": 0.5,
+    "width": 5,
+    "normalisation": "scaling",
+    "value_dim": 16,
+    "query_kernel": 1,
+    "key_kernel": 5,
+    "head_group": 2,
 }
 OTHER |= {
     "pattern": "union",
@@ -106,8 +134,16 @@ FALL_SHORT = {"focused_linear"}
 FALL_SHORT |= {"mosa", "routing", "threshold_relative"}
 # They choose tokens by comparison, and rounded inputs turn near ties round.
 CHOOSE = {"moba", "mosa", "routing", "threshold_relative"}
+# The rest of a row is memory's.
+FALL_SHORT |= {"persistent_memory"}
 # Affinities of any sign and sum.
 SIGNED = {"local_relation", "lambda"}
+SIGNED |= {"scaling", "multi_token", "rela", "rela_gated", "normalized"}
+
+
+def kinds(name, options):
+    """What a case is: its name, that of the mechanism inside, and what its options name."""
+    return {name, *(value for value in options.values() if isinstance(value, str))}
 
 
 def build(name, options, **framework):
@@ -152,6 +188,18 @@ def test_any_grid_with_and_without_prefix(name, options, grid):
             assert torch.equal(out[:, :prefix], x[:, :prefix])
 
 
+def pairs_resized(table, old, new):
+    """(h*w, h*w) bilinearly to (H*W, H*W), both sides in one step; rows keep their sum over a constant."""
+    (h, w), (height, width) = old, new
+    axes = [torch.eye(n)[:, None, :] for n in (h, w)]
+    rows, columns = (
+        torch.nn.functional.interpolate(axis, size=size, mode="linear", align_corners=False)[:, 0]
+        for axis, size in zip(axes, (height, width), strict=True)
+    )
+    grid = torch.einsum("abcd,aA,bB,cC,dD->ABCD", table.view(h, w, h, w), rows, columns, rows, columns)
+    return grid.reshape(height * width, -1) * (h * w / (height * width))
+
+
 @each_case
 def test_tables_follow_the_grid(name, options):
     """What was made for 7 x 7 answers at 7 x 13 as what was made for that grid, its tables resized by timm."""
@@ -162,7 +210,9 @@ def test_tables_follow_the_grid(name, options):
             table = torch.randn(state[key].shape, generator=torch.Generator().manual_seed(7))
             state[key] = table
             small.load_state_dict({key: table}, strict=False)
-            if table.ndim == 4:  # a table of offsets, (2 * 7 - 1, 2 * 7 - 1, ...)
+            if table.ndim == 2:  # numbers for all pairs of places
+                state[key] = pairs_resized(table, (7, 7), (7, 13))
+            elif table.ndim == 4:  # a table of offsets, (2 * 7 - 1, 2 * 7 - 1, ...)
                 rows = timm.layers.resample_abs_pos_embed(table.view(1, 169, -1), [13, 25], [13, 13], 0)
                 state[key] = rows.view(value.shape)
             else:
@@ -280,9 +330,9 @@ def test_attention_map_rows_are_weights(name, options):
         rows, columns = attention.out_grid(grid)
         assert weights.shape[2:] == (prefix + rows * columns, weights.shape[3])
         sums = weights.sum(-1)
-        if {name, options.get("inner")} & SIGNED:
+        if kinds(name, options) & SIGNED:
             continue
-        if {name, options.get("inner")} & FALL_SHORT:
+        if kinds(name, options) & FALL_SHORT:
             assert weights.min() >= 0
             assert 0 < sums.max() <= 1 + 1e-5
             continue
@@ -299,7 +349,7 @@ def test_autocast_is_near_and_leaves_weights_in_float32(name, options, dtype):
         out, weights = attention(x, grid), attention.attention_map(x, grid)
     assert_near_in_low_precision(name, options, out, attention(x, grid))
     assert weights.dtype == torch.float32
-    if not {name, options.get("inner")} & (SIGNED | FALL_SHORT):
+    if not kinds(name, options) & (SIGNED | FALL_SHORT):
         # Not rounded on the way: sums of 30 float32 weights.
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=1e-6, atol=2e-6)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.base import Attention, Grid, check_heads, logit_bias, zero_without_keys
+from zoo.kernels.precision import without_autocast
 
 # The most numbers that one tensor over all pairs of tokens may have. 2**31 are 8 GiB in float32, of which training
 # keeps several, and where kernels with 32-bit indices end.
@@ -19,26 +20,24 @@ def check_map(name: str, batch: int, heads: int, queries: int, keys: int, width:
     """Refuses a map over all pairs of tokens that no machine should be asked for.
 
     The one rule of every mechanism with `forms_map`: its largest tensor, batch * heads * queries * keys * width
-    numbers, has at most `MAX_MAP_NUMBERS`. A graph that is exported is not checked: its batch is not known.
+    numbers, has at most `MAX_MAP_NUMBERS`. Scripts and exported graphs, whose batch is not known, are not checked.
 
     Raises:
         ValueError: it would have more; with the largest batch that fits.
     """
-    if torch.jit.is_scripting():
-        return
-    if not torch.compiler.is_exporting():
+    if not torch.jit.is_scripting():
         _check_map(name, batch, heads, queries, keys, width)
 
 
 @torch.jit.unused
 def _check_map(name: str, batch: int, heads: int, queries: int, keys: int, width: int) -> None:
     each = heads * queries * keys * width
-    if batch * each > MAX_MAP_NUMBERS:
+    if not torch.compiler.is_exporting() and batch * each > MAX_MAP_NUMBERS:
         raise ValueError(
-            f"attention '{name}' forms a map of all pairs of tokens: {batch} images x {heads} heads x {queries} queries"
-            f" x {keys} keys x {width} would be {batch * each} numbers, more than {MAX_MAP_NUMBERS}. At most "
-            f"{MAX_MAP_NUMBERS // each} of these images go at once; with 0, use smaller images, or the mechanism "
-            f"inside attention 'window'"
+            f"attention {name!r} forms a map of all pairs of tokens: {batch} images x {heads} heads x {queries} "
+            f"queries x {keys} keys x {width} would be {batch * each} numbers, more than {MAX_MAP_NUMBERS}. At most "
+            f"{MAX_MAP_NUMBERS // each} of these images go at once; if that is 0, use smaller images, or the mechanism "
+            "inside attention 'window'"
         )
 
 
@@ -50,11 +49,6 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def join_heads(x: Tensor) -> Tensor:
     """(B, heads, N, d) as (B, N, heads * d): the inverse of `split_heads`."""
     return x.transpose(1, 2).flatten(2)
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """float32, or x's own where that is wider: what sums over tokens and normalisers are computed in."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def masked_softmax(logits: Tensor, key_mask: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -71,6 +65,22 @@ def masked_softmax(logits: Tensor, key_mask: Tensor | None, bias: Tensor | None)
     if added is not None:
         logits = logits + added
     return zero_without_keys(logits.softmax(dim=-1), key_mask)
+
+
+def sum_values(weights: Tensor, v: Tensor) -> Tensor:
+    """weights @ v for weights that need not sum to 1: in v's dtype, but in float32 where that is float16.
+
+    The values of float16 end where sums over thousands of tokens may go.
+    """
+    work = torch.float32 if v.dtype == torch.float16 else v.dtype
+    weights, v = weights.to(work), v.to(work)
+    return weights @ v if torch.jit.is_scripting() else _matmul(weights, v)
+
+
+@torch.jit.unused
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    with without_autocast(a):
+        return a @ b
 
 
 class HeadAttention(Attention):

@@ -36,7 +36,8 @@ class SingleHeadAttention(Attention):
         qk_dim: channels of queries and keys.
         grid_size, num_prefix_tokens: as `create_attention` takes them.
 
-    Forms a map of N x N, bounded by `check_map`. A masked key counts neither as a key nor for the norm, but in training it does for the statistics of BatchNorm.
+    Forms a map of N x N, bounded by `check_map`. A masked key counts neither as a key nor for the norm, but in training
+    it does for the statistics of BatchNorm.
     """
 
     layout = "map"
