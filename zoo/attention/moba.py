@@ -8,7 +8,6 @@ none is hidden.
 import torch
 from torch import Tensor
 
-from zoo.attention._heads import wide_dtype
 from zoo.attention._pairs import PairAttention, places
 from zoo.attention.base import Grid
 from zoo.attention.registry import register_attention
@@ -80,7 +79,7 @@ class MobaAttention(PairAttention):
     @staticmethod
     def _gate(q: Tensor, k: Tensor, member: Tensor, key_mask: Tensor | None) -> Tensor:
         """float32 or wider (B, heads, H*W, blocks): how well the mean key of every block fits a query."""
-        wide = wide_dtype(q)
+        wide = torch.promote_types(q.dtype, torch.float32)
         share = member.to(wide)[None]
         if key_mask is not None:
             share = share * key_mask[:, :, None]

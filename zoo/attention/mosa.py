@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention._choose import first_best
-from zoo.attention._heads import wide_dtype
 from zoo.attention._pairs import pair_bias
 from zoo.attention.base import Attention, Grid, check_heads
 from zoo.attention.registry import register_attention
@@ -104,7 +103,7 @@ class MosaAttention(Attention):
         drop = self.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=drop)
         out = (out * rate.to(out.dtype)[..., None]) @ self.proj.to(out.dtype)
-        wide = wide_dtype(out)
+        wide = torch.promote_types(out.dtype, torch.float32)
         place = chosen.flatten(1)[:, :, None].expand(-1, -1, self.dim_out)
         total = torch.zeros(x.shape[0], x.shape[1], self.dim_out, dtype=wide, device=x.device)
         total = total.scatter_add(1, place, out.to(wide).flatten(1, 2))
@@ -145,7 +144,7 @@ class MosaAttention(Attention):
 
     @staticmethod
     def _score(x: Tensor, router: Tensor) -> Tensor:
-        wide = wide_dtype(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
         return router.to(wide) @ x.to(wide).transpose(1, 2)
 
     @torch.jit.unused

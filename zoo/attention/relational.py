@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention._heads import join_heads, masked_softmax, split_heads, wide_dtype
+from zoo.attention._heads import join_heads, masked_softmax, split_heads
 from zoo.attention._pairs import places
 from zoo.attention.base import Attention, Grid, check_heads, logit_bias, zero_without_keys
 from zoo.attention.registry import register_attention
@@ -188,7 +188,7 @@ class RelationalAttention(Attention):
     def relations(self, left: Tensor, right: Tensor) -> Tensor:
         """Gathered relations (B, heads, tokens, n): left (B, tokens, C'), right (B, heads, tokens, C'); float32."""
         shape = (self.num_relations, self.relation_dim)
-        wide = wide_dtype(left)
+        wide = torch.promote_types(left.dtype, torch.float32)
         pairs = left.to(wide)[:, None].unflatten(-1, shape) * right.to(wide).unflatten(-1, shape)
         return pairs.sum(dim=-1) * self.relation_dim**-0.5
 

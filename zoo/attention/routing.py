@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention._choose import first_best
-from zoo.attention._heads import HeadAttention, split_heads, wide_dtype
+from zoo.attention._heads import HeadAttention, split_heads
 from zoo.attention._pairs import pair_bias
 from zoo.attention.base import Grid, logit_bias, zero_without_keys
 from zoo.attention.registry import register_attention
@@ -146,7 +146,7 @@ class RoutingAttention(HeadAttention):
             dropout_p=drop,
         )
         out = out.unflatten(1, (q.shape[1], self.clusters))
-        wide = wide_dtype(out)
+        wide = torch.promote_types(out.dtype, torch.float32)
         if key_mask is not None:
             out = out.masked_fill(~self.seen(keys, key_mask).any(dim=-1)[..., None, None], 0.0)
         shape = [q.shape[0], q.shape[1], q.shape[2] - prefix, self.head_dim]
@@ -168,7 +168,7 @@ class RoutingAttention(HeadAttention):
         """
         prefix = self.num_prefix_tokens
         q, k = self.normal(q[:, :, prefix:].detach()), self.normal(k[:, :, prefix:].detach())
-        wide = wide_dtype(q)
+        wide = torch.promote_types(q.dtype, torch.float32)
         q, k, centroids = q.to(wide), k.to(wide), self.centroids.to(wide)
         if torch.jit.is_scripting():
             fit_q, fit_k = self._fit(q, centroids), self._fit(k, centroids)

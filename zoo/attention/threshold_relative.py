@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention._heads import HeadAttention, check_map, split_heads, wide_dtype
+from zoo.attention._heads import HeadAttention, check_map, split_heads
 from zoo.attention._pairs import pair_bias, places
 from zoo.attention.base import Grid
 from zoo.attention.registry import register_attention
@@ -92,7 +92,7 @@ class ThresholdRelativeAttention(HeadAttention):
         check_map(self.name, x.shape[0], self.num_heads, x.shape[1], x.shape[1])
         grid = self.token_grid(x, grid)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        wide = wide_dtype(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
         q = self.unit(split_heads(q, self.num_heads).to(wide))
         k = self.unit(split_heads(k, self.num_heads).to(wide))
         logits = self._product(q, k) if torch.jit.is_scripting() else self._precise(q, k)
