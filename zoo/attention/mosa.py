@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention._choose import first_best
+from zoo.attention._heads import join_heads, split_heads
 from zoo.attention._pairs import pair_bias
 from zoo.attention.base import Attention, Grid, check_heads
 from zoo.attention.registry import register_attention
@@ -74,6 +75,8 @@ class MosaAttention(Attention):
         self.qkv = nn.Parameter(torch.empty(num_heads, dim, 3 * head_dim).uniform_(-1, 1) * (3 * head_dim) ** -0.5)
         shrink = (self.dim_out * num_heads) ** -0.5
         self.proj = nn.Parameter(torch.empty(num_heads, head_dim, self.dim_out).uniform_(-shrink, shrink))
+        # What heads answer passes through it side by side, for masks of heads.
+        self.merge = nn.Identity()
         self.dense: nn.Module | None = None
         self.dense_proj: nn.Module | None = None
         if dense_heads:
@@ -102,6 +105,7 @@ class MosaAttention(Attention):
         added = self.unseen(chosen, key_mask, q.dtype)
         drop = self.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=drop)
+        out = split_heads(self.merge(join_heads(out)), self.num_heads)
         out = (out * rate.to(out.dtype)[..., None]) @ self.proj.to(out.dtype)
         wide = torch.promote_types(out.dtype, torch.float32)
         place = chosen.flatten(1)[:, :, None].expand(-1, -1, self.dim_out)
@@ -128,6 +132,9 @@ class MosaAttention(Attention):
         pairs = (chosen[..., :, None] * count + chosen[..., None, :]).flatten(2)
         full = local.new_zeros(batch, self.num_heads, count * count).scatter(2, pairs, local.flatten(2))
         return full.unflatten(2, (count, count))
+
+    def head_layers(self) -> list[tuple[nn.Module, int]]:
+        return [(self.merge, self.num_heads)]
 
     def choose(self, x: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Indices (B, heads, k) of the chosen tokens and their r, float32 or wider."""

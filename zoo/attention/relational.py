@@ -165,6 +165,10 @@ class RelationalAttention(Attention):
             parts.append(self.relational_proj(join_heads(zero_without_keys(out, key_mask))))
         return self.proj_drop(torch.cat(parts, dim=-1))
 
+    def head_layers(self) -> list[tuple[nn.Module, int]]:
+        both = ((self.proj, self.plain_heads), (self.relational_proj, self.relational_heads))
+        return [(layer, heads) for layer, heads in both if heads]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
         drop = self.attn_drop.p if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=drop)
