@@ -189,7 +189,7 @@ def test_any_grid_with_and_without_prefix(name, options, grid):
 
 
 def pairs_resized(table, old, new):
-    """(h*w, h*w) bilinearly to (H*W, H*W), both sides in one step; rows keep their sum over a constant."""
+    """(h*w, h*w) bilinearly to (H*W, H*W), divided among the new number of places."""
     (h, w), (height, width) = old, new
     axes = [torch.eye(n)[:, None, :] for n in (h, w)]
     rows, columns = (

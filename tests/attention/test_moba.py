@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.attention import attention_spec, create_attention
 from zoo.errors import UsageError
 
-from .loops import EXACT, answer, as_softmax, attend, cells, image, make, projected
+from .pair_loops import EXACT, answer, as_softmax, attend, cells, image, make, projected
 
 
 def chosen(q, k, place, block, top, open_=None):

@@ -6,7 +6,7 @@ import torch
 from zoo.attention import create_attention
 from zoo.errors import UsageError
 
-from .loops import EXACT, answer, as_softmax, attend, cells, image, make, projected
+from .pair_loops import EXACT, answer, as_softmax, attend, cells, image, make, projected
 
 GRID = (5, 6)
 

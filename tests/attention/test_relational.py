@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.attention import attention_spec, create_attention
 from zoo.errors import UsageError
 
-from .loops import DIM, EXACT, attend, cells, image, linear, make
+from .pair_loops import DIM, EXACT, attend, cells, image, linear, make
 
 GRID = (3, 4)
 

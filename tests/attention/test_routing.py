@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.attention import attention_spec, create_attention
 from zoo.errors import UsageError
 
-from .loops import EXACT, answer, as_softmax, attend, cells, image, make, projected, softmax_row
+from .pair_loops import EXACT, answer, as_softmax, attend, cells, image, make, projected, softmax_row
 
 
 def normal(rows):

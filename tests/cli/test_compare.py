@@ -44,7 +44,7 @@ def test_entries_are_mechanisms_backbones_and_changes(plan_file):
 
 
 def test_an_entry_wins_over_the_settings_of_all():
-    base = {"model": {"a": 1, "b": {"c": 2}}, "seed_everything": 0}
+    base = {"model": {"a": 1, "b": {"c": 2}}, "seed": 0}
     assert merged(base, {"model": {"b": {"d": 3}, "a": 4}}) == {
         "model": {"a": 4, "b": {"c": 2, "d": 3}},
         "seed_everything": 0,
@@ -123,7 +123,6 @@ def in_process(monkeypatch):
 
 
 def test_trains_measures_and_goes_on(zoo, plan_file, in_process, tmp_path):
-    """Two steps each: of 4 tokens, so few multiply-adds that the number of steps follows from them exactly."""
     wrong = {"model": {"init_args": {"attn": "softmax", "attn_options": {"num_heads": 3}}}}
     line = [
         "compare",
@@ -137,7 +136,8 @@ def test_trains_measures_and_goes_on(zoo, plan_file, in_process, tmp_path):
     assert "not trained yet" in one.out
     runs = tmp_path / "runs" / "small"
     facts = json.loads((runs / "uniform-seed0" / "record.json").read_text())
-    assert facts["train_seconds"] >= 1
+    # Up to what starting takes of the second.
+    assert 0.8 < facts["train_seconds"] < 2
     assert facts["attn"] == "uniform"
     assert [call[0] for call in in_process] == ["fit", "test"]
     assert in_process[1][-1] == "--trainer.accelerator=cpu"

@@ -134,9 +134,8 @@ class SuperAttention(_FewerProjections):
     """softmax(q_a x_a^T / sqrt(d)) (W x)_a: as `efficient_params`, with values mixed over tokens by a learned W.
 
     W = 1 + mix is N x N, made for `grid_size`, and 1 at the start. On another grid mix is resized: as a function of
-    two places, bilinearly along the sides of both, times old / new number of places, so that what a row gathers from a
-    smooth picture stays; rows and columns of prefix tokens are resized alike, and only what is gathered from places
-    changes with their number. The paper knows one number of tokens alone, and starts W at random. A masked key is zero
+    two places, bilinearly along the sides of both; columns of places times old / new number of places, so that a row
+    gathers as much. The paper knows one number of tokens alone, and starts W at random. A masked key is zero
     for W too.
 
     Args:

@@ -42,6 +42,8 @@ class HeadEmbeddingAttention(FusedAttention):
         UsageError: `combine` is neither.
     """
 
+    undecayed = ("q_embed", "k_embed", "v_embed")
+
     def __init__(
         self,
         dim: int,

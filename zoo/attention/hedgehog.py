@@ -43,6 +43,8 @@ class HedgehogAttention(HeadAttention):
     Features and sums are computed in float32 or wider.
     """
 
+    undecayed = ("q_map", "q_offset", "k_map", "k_offset")
+
     def __init__(
         self,
         dim: int,
@@ -65,7 +67,14 @@ class HedgehogAttention(HeadAttention):
         self.q_offset = nn.Parameter(torch.zeros(num_heads, 1, width))
         self.k_map = nn.Parameter(torch.eye(width).repeat(num_heads, 1, 1))
         self.k_offset = nn.Parameter(torch.zeros(num_heads, 1, width))
-        self.register_load_state_dict_pre_hook(_keep_maps)
+        self.register_load_state_dict_pre_hook(_complete)
+
+    @torch.jit.unused
+    def complete(self, state: dict[str, Any], prefix: str) -> None:
+        """A state of softmax attention has no maps: those at hand stay."""
+        names = ("q_map", "q_offset", "k_map", "k_offset")
+        if f"{prefix}qkv.weight" in state and not any(prefix + name in state for name in names):
+            state.update({prefix + name: getattr(self, name).detach().clone() for name in names})
 
     def maps(self) -> list[nn.Parameter]:
         """What distillation trains."""
@@ -155,8 +164,5 @@ class HedgehogAttention(HeadAttention):
         return self.finish(teacher.to(v.dtype) @ v), loss
 
 
-def _keep_maps(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state of softmax attention has no maps: those of the module stay."""
-    names = ("q_map", "q_offset", "k_map", "k_offset")
-    if f"{prefix}qkv.weight" in state and not any(prefix + name in state for name in names):
-        state.update({prefix + name: getattr(module, name).detach().clone() for name in names})
+def _complete(module: HedgehogAttention, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    module.complete(state, prefix)

@@ -51,6 +51,8 @@ class MultiTokenAttention(MapAttention):
     from spreading: there is none. Forms several maps of N x N, bounded by `check_map`, in float32 or wider.
     """
 
+    undecayed = ("logit_kernel", "weight_kernel", "logit_mix", "weight_mix")
+
     def __init__(
         self,
         dim: int,

@@ -41,6 +41,8 @@ class NormalizedAttention(MapAttention):
     Forms a map of N x N, bounded by `check_map`. Dropout of weights would move their mean: there is none.
     """
 
+    undecayed = ("gamma", "beta")
+
     def __init__(
         self,
         dim: int,
@@ -84,8 +86,8 @@ class NormalizedAttention(MapAttention):
         return (self.gamma * self.standardise(centred, variance) + self.beta) * seen
 
     def standardise(self, centred: Tensor, variance: Tensor) -> Tensor:
-        # The slope of the root at zero is infinite; a number that the sum below does not see bounds it.
-        return centred / ((variance + 1e-12).sqrt() + self.eps)
+        # The slope of the root at zero is infinite; the sum does not see what is cut off.
+        return centred / (variance.clamp(min=1e-12).sqrt() + self.eps)
 
     def forward(
         self,

@@ -40,6 +40,8 @@ class PersistentMemoryAttention(FusedAttention):
     key_mask and bias speak of the tokens alone: memory is always there, and answers alone where no token may.
     """
 
+    undecayed = ("memory_k", "memory_v")
+
     def __init__(
         self,
         dim: int,

@@ -24,6 +24,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.attention import SoftmaxAttention, attention_spec, with_defaults
+from zoo.attention.base import undecayed
 from zoo.backbones._build import build, fit_positions, imagenet_cfg, unwrap
 from zoo.backbones._staged import attention_per_stage, check_num_classes, residual_attention
 from zoo.backbones._vit_blocks import Block, SharingBlock, can_share, check_spans, split_shared
@@ -174,7 +175,7 @@ class VisionTransformer(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
-        return {"pos_embed", "cls_token"} | tables
+        return {"pos_embed", "cls_token"} | tables | undecayed(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -114,8 +114,7 @@ def train(folder: Path, plan: Plan, entry: Entry, seed: int, overrides: Sequence
             overlay.write_text(yaml.safe_dump(merged(plan.overlay(entry, seed), limit(plan, line, log))))
             call([*line, "--run", f"{run}"], log)
         if plan.accuracy == "test":
-            device = [part for part in overrides if part.startswith("--trainer.accelerator=")]
-            call(["test", "--run", str(run), *device], log)
+            call(["test", "--run", str(run), *accelerator(overrides)], log)
         path = run / "record.json"
         record = json.loads(path.read_text(encoding="utf-8"))
         record["gmacs"] = gmacs(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
@@ -125,29 +124,41 @@ def train(folder: Path, plan: Plan, entry: Entry, seed: int, overrides: Sequence
     return read_record(run, plan) or {"failed": f"the run measured no top-1 accuracy on {plan.accuracy!r}"}
 
 
+def accelerator(overrides: Sequence[str]) -> list[str]:
+    """The override that says which device is used, for a test on the same one."""
+    option = "--trainer.accelerator"
+    for index, part in enumerate(overrides):
+        if part.startswith(f"{option}="):
+            return [part]
+        if part == option:
+            return [f"{option}={value}" for value in overrides[index + 1 : index + 2]]
+    return []
+
+
 class _Failed(Exception):
     """An entry could not be trained; says why."""
 
 
 def limit(plan: Plan, line: Sequence[str], log: Path) -> dict[str, Any]:
-    """The budget, as a recipe says it.
+    """The budget, as a recipe says it, and one validation at its end: others would be paid for in training.
 
     A number of multiply-adds becomes as many steps of whole batches as fit into it, at least one.
     """
     import yaml
 
     kind, amount = plan.budget
+    run = {"max_epochs": -1, "check_val_every_n_epoch": 10**6}
     if kind == "seconds":
         days, seconds = divmod(max(1, round(amount)), 86400)
         hours, minutes = seconds // 3600, seconds // 60 % 60
         clock = f"{days:02}:{hours:02}:{minutes:02}:{seconds % 60:02}"
-        return {"trainer": {"max_time": clock, "max_epochs": -1, "max_steps": -1}}
+        return {"trainer": {**run, "max_time": clock, "max_steps": -1}}
     settings = yaml.safe_load(call([*line, "--print_config"], log))
     each = gmacs(settings)
     if each is None:
         raise _Failed("its multiply-adds cannot be counted; give a budget of seconds")
     steps = int(amount / (each * settings["data"]["init_args"]["batch_size"]))
-    return {"trainer": {"max_time": None, "max_epochs": -1, "max_steps": max(1, steps)}}
+    return {"trainer": {**run, "max_time": None, "max_steps": max(1, steps)}}
 
 
 def gmacs(settings: dict[str, Any]) -> float | None:
@@ -178,9 +189,7 @@ def call(arguments: Sequence[str], log: Path) -> str:
     Raises:
         _Failed: it ended with an error, whose message this one has.
     """
-    process = subprocess.run(
-        [sys.executable, "-m", "zoo.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.run([sys.executable, "-m", "zoo.cli", *arguments], capture_output=True, text=True)
     with open(log, "a", encoding="utf-8") as file:
         file.write(f"$ zoo {' '.join(arguments)}\n{process.stdout}{process.stderr}\n")
     if process.returncode:

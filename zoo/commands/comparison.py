@@ -116,20 +116,20 @@ def _entries(content: Mapping[str, Any], path: Path) -> tuple[Entry, ...]:
         found.append(Entry(name, {"model": {"init_args": {"backbone": name}}}, short_facts(name)[0], "-"))
     for name, settings in (content.get("entries") or {}).items():
         if not isinstance(settings, Mapping):
-            raise UsageError(
-                f"entries: {name}: {settings!r} in {path.name}; give changes to the recipe, as it has them"
-            )
+            raise UsageError(f"entries: {name}: {settings!r} in {path.name}; give changes to the recipe")
         attn = ((settings.get("model") or {}).get("init_args") or {}).get("attn")
-        spec = attention_spec(attn) if isinstance(attn, str) else None
-        paper, confidence = (spec.paper, spec.confidence) if spec else ("-", "-")
+        paper, confidence = "-", "-"
+        if isinstance(attn, str):
+            paper, confidence = attention_spec(attn).paper, attention_spec(attn).confidence
         found.append(Entry(str(name), settings, paper, confidence))
-    names = {entry.name: entry for entry in found}
-    if not names:
+    # A name that is given twice is one entry, as its later place says.
+    by_name = {entry.name: entry for entry in found}
+    if not by_name:
         raise UsageError(f"{path.name} compares nothing: give attentions, backbones or entries")
-    for name in names:
+    for name in by_name:
         if Path(name).name != name:
             raise UsageError(f"the entry {name!r} cannot be the name of a folder; give it another one under entries")
-    return tuple(names.values())
+    return tuple(by_name.values())
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
