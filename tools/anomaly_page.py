@@ -13,7 +13,10 @@ def page(records: list[dict[str, Any]]) -> str:
         "Written by `python tools/anomaly_bench.py page` from the records in [results/anomaly/](results/anomaly/).",
         "Configurations were chosen on `val` rows (good images of other tiles than those learned from, each also with",
         "drawn defects); `test` rows were measured afterwards. Maps and masks are compared on a grid of 224 x 224.",
-        "Time and memory are those of one image at a time.",
+        "Time and memory are those of one image at a time; ms is by the wall, on a machine that may do other work too.",
+        "",
+        "For comparison, PatchCore of anomalib 2.7 on the same backbone and split, at 224 pixels, from 300 normals:",
+        "image AUROC 0.840, pixel AUROC 0.784, AU-PRO 0.3 0.682; without `uneven` 0.848, 0.970, 0.771.",
     ]
     columns = ("configuration", "normals", "image AUROC", "pixel AUROC", *(f"AU-PRO {limit:g}" for limit in LIMITS))
     timing = ("ms", "CPU ms", "MB")

@@ -1,5 +1,6 @@
 """What every record of tools/anomaly_bench.py says of the machine it was made on."""
 
+import argparse
 import os
 import platform
 import resource
@@ -32,11 +33,15 @@ def hardware(device: str) -> str:
     return f"{name}, {cores} CPU cores, {torch.get_num_threads()} threads"
 
 
-def public(arguments: list[str]) -> list[str]:
-    """The arguments without where files lie on this machine."""
-    hidden = {"--data": "magnetic_tile", "--weights": "efficientnet_lite0_in1k.safetensors"}
-    pairs = zip(["", *arguments], arguments, strict=False)
-    return [hidden.get(before, one) for before, one in pairs if "--out" not in (before, one)]
+def public(args: argparse.Namespace, defaults: argparse.Namespace) -> list[str]:
+    """The arguments of `run` that say what was measured: in one spelling, without where files lie on this machine."""
+    words = ["run", args.config, "--data", "magnetic_tile", "--weights", "efficientnet_lite0_in1k.safetensors"]
+    # A list of what is named, not of what is hidden: an abbreviated or an added option that holds a path stays out.
+    for name in ("split", "normals", "without", "drawings", "seed", "device", "threads"):
+        value = getattr(args, name)
+        if value != getattr(defaults, name):
+            words += [f"--{name}", str(value)]
+    return words
 
 
 def memory(field: str) -> float:

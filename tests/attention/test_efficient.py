@@ -29,7 +29,7 @@ def sizes(name, state):
     marks = {part[0]: int(part[1:]) for part in name.removeprefix("efficient_attention").split("_") if part}
     return {
         "num_heads": marks.get("h", 4),
-        "qk_dim": state["keys.weight"].shape[0],
+        "key_dim": state["keys.weight"].shape[0],
         "value_dim": state["values.weight"].shape[0],
     }
 
@@ -57,12 +57,12 @@ def test_equals_the_recorded_module(name):
 
 
 def parts(attention, x):
-    q, k, v = project(attention.qkv, x, attention.qk_dim, attention.qk_dim, attention.value_dim)
+    q, k, v = project(attention.qkv, x, attention.key_dim, attention.key_dim, attention.value_dim)
     return heads(q), heads(k), heads(v)
 
 
 @pytest.mark.parametrize("mask", [None, SEEN])
-@pytest.mark.parametrize("sizes", [{}, {"qk_dim": 6, "value_dim": 15, "dim_out": 9}])
+@pytest.mark.parametrize("sizes", [{}, {"key_dim": 6, "value_dim": 15, "dim_out": 9}])
 def test_softmax_of_each_side(sizes, mask):
     attention, x = make("efficient", **sizes), image()
     seen = None if mask is None else mask[0]
@@ -103,6 +103,6 @@ def test_mistakes_say_what_is_valid():
     with pytest.raises(UsageError, match="Valid: scaling, softmax"):
         create_attention("efficient", DIM, num_heads=HEADS, normalisation="sofmax1")
     with pytest.raises(UsageError, match="does not divide 8 channels"):
-        create_attention("efficient", DIM, num_heads=HEADS, qk_dim=8)
+        create_attention("efficient", DIM, num_heads=HEADS, key_dim=8)
     with pytest.raises(UsageError, match="without proj"):
         create_attention("efficient", DIM, num_heads=HEADS, value_dim=6, proj=False)

@@ -116,3 +116,13 @@ def test_one_key_has_no_deviation():
     assert torch.equal(raw(attention, x), torch.zeros(HEADS, 1, DIM // HEADS))
     attention(x).sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_tokens_that_are_alike_are_no_noise():
+    """Standardised and normed once more, what rounding leaves of equal logits would be an answer of its own."""
+    attention = with_numbers(make("normalized"), 1.0, 0.0).float()
+    x = image(1).expand(1, 196, DIM).float()
+    low, high = attention(x), attention.double()(x.double())
+    # Without the deviations nothing is left but the bias of the norm.
+    torch.testing.assert_close(low.double(), high, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(high[0, 0], after(attention, torch.zeros(1, DIM))[0], rtol=1e-6, atol=1e-6)

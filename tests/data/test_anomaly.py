@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 
-from zoo.data import AnomalyDetection
+from zoo.data import AnomalyDetection, anomaly_images
 from zoo.data.anomaly_images import KEPT, TileSampler
 from zoo.data.tiling import places
 from zoo.errors import UsageError
@@ -222,6 +222,25 @@ def test_resumed_training_sees_the_remaining_batches_bit_for_bit(mvtec, tmp_path
         path = tmp_path / f"{done}.ckpt"
         fit(Listener(path, done))
         assert fit(Listener(), path) == whole[done:]
+
+
+@pytest.mark.parametrize("chans", [1, 3])
+def test_a_photo_is_decoded_once_for_all_epochs(mvtec, monkeypatch, chans):
+    """To decode 12 megapixels takes longer than all else; what is kept must not change by what is done to a batch."""
+    opened = []
+    true = anomaly_images.open_image
+    monkeypatch.setattr(
+        anomaly_images, "open_image", lambda path, in_chans: opened.append(path) or true(path, in_chans)
+    )
+    data = make(mvtec, in_chans=chans, img_size=(12, 10))
+    for loader, photos in ((data.train_dataloader(), 18), (data.val_dataloader(), 2)):
+        first = epoch_of(loader, 1)
+        kept = [batch["image"].clone() for batch in first]
+        for batch in first:
+            batch["image"].fill_(0)
+        assert all(torch.equal(batch["image"], image) for batch, image in zip(epoch_of(loader, 1), kept, strict=True))
+        assert len(opened) == len(set(opened)) == photos
+        opened.clear()
 
 
 def test_tiles_are_those_that_prediction_looks_at(mvtec):

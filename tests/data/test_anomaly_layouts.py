@@ -226,6 +226,7 @@ def test_categories_of_plain_folders(tmp_path):
         (["test/hole/0.png", "train/good/readme.gif.txt"], "no good images in .*train/good'; a detector learns"),
         (["0.png", "scratch/0.png"], r"scratch': are its images good or not"),
         (["0.png", "good/0.png"], r"0.png' lies beside good/"),
+        (["train/0.png", "train/good/0.png"], r"train/0.png' lies beside good/"),
         (["bad/0.png"], "no good images in .*; it holds the folders bad"),
         (["bad/0.png", "good/x.txt"], "no good images in .*good'; a detector learns"),
         (["notes/x.txt"], "no good images in .*; it holds the folders notes"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from zoo.data import tiling
 from zoo.errors import UsageError
@@ -98,6 +99,17 @@ def test_inspection_takes_the_largest_score_and_brings_maps_back():
     assert score.tolist() == [max(float(half.max()) for half in halves)]
     back = torch.stack([F.interpolate(half, (32, 32), mode="bilinear")[0] for half in halves])
     torch.testing.assert_close(heat, tiling.blend(back[None], (70, 50), 8), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(5, 1), (1, 5), (1, 1), (37, 1), (5, 2), (11, 13), (80, 90)])
+def test_resizing_is_pillows(size):
+    """With places and weights in float32. One column is its own case: torch reads wrong pixels there."""
+    pixels = torch.rand(2, 3, 37, 50, generator=torch.Generator().manual_seed(0))
+    ours = tiling.resize(pixels, size)
+    assert ours.shape == (2, 3, *size)
+    for one, other in zip(pixels.flatten(0, 1), ours.flatten(0, 1), strict=True):
+        want = Image.fromarray(one.numpy()).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        assert abs(np.asarray(want) - other.numpy()).max() < 1e-5
 
 
 def test_inspection_of_bytes_is_that_of_fractions():

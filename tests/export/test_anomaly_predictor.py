@@ -216,7 +216,8 @@ def test_tiles_of_the_run_are_used_and_an_option_overrides(bright, tmp_path, mon
     monkeypatch.setattr(Predictor, "run", lambda self, batch: seen.append(batch.shape) or self._run(batch))
     assert room.main([str(path), str(tmp_path / "a.png")]) == 0
     assert room.main([str(path), str(tmp_path / "a.png"), "--tile", "20", "--overlap", "4"]) == 0
-    assert seen == [(2 * 4, 3, 24, 24), (3 * 5, 3, 20, 20)]
+    assert room.main([str(path), str(tmp_path / "a.png"), "--tile", "20", "--overlap", "0"]) == 0
+    assert seen == [(2 * 4, 3, 24, 24), (3 * 5, 3, 20, 20), (2 * 4, 3, 20, 20)]
     capsys.readouterr()
 
 
@@ -285,6 +286,7 @@ def test_bad_input(model, bright, folder, tmp_path, capsys):
         ([model, image, "--top", "3"], "--top: only for models of classes"),
         ([model, image, "--labels"], "--labels: only for models of classes"),
         ([classifier, image, "--tile", "32"], "--tile: only for models of defects"),
+        ([classifier, image, "--overlap", "0"], "--overlap: only for models of defects"),
         ([model, image, "--tile", "1"], "a tile of 1 pixels"),
         ([model, image, "--tile", "32", "--overlap", "20"], "share 0 to 16"),
         ([model, image, "--overlap", "4"], "--tile N"),

@@ -91,6 +91,15 @@ def test_centres_are_the_farthest_from_those_before():
         assert to_chosen[chosen[count]] == pytest.approx(to_chosen.max().item(), rel=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_centres_chosen_on_a_gpu_are_those_of_the_cpu():
+    rows = torch.randn(500, 200, generator=torch.Generator().manual_seed(1))
+    chosen = k_centres(rows.cuda(), 40)
+    assert chosen.device.type == "cpu"
+    assert torch.equal(chosen, k_centres(rows, 40))
+
+
 def test_the_reservoir_is_bounded_and_even():
     reservoir = Reservoir(100, seed=0)
     for start in range(0, 1000, 50):
@@ -163,6 +172,20 @@ def test_a_bank_of_everything_finds_nothing_new_and_a_changed_place():
     assert answer.map[:, :, 44:, 44:].mean() > 3 * answer.map[:, :, :16, :16].mean()
 
 
+@pytest.mark.parametrize(("top", "count"), [(0.0, 1), (0.1, 6)])
+def test_the_score_of_a_bank_is_that_of_the_farthest_places(top, count):
+    """64 places against a bank by brute force; smoothing and the size of the image change the map alone."""
+    generator = torch.Generator().manual_seed(0)
+    seen, new = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+    places = [maps[0].flatten(1).t().double() for maps in (new, seen)]
+    far = torch.cdist(*places).min(dim=1).values.sort(descending=True).values
+    for sigma, size in ((0.0, (8, 8)), (4.0, (8, 8)), (4.0, (30, 50))):
+        head = MemoryBank([4], coreset=1.0, pool=1, sigma=sigma, top=top)
+        head.update([seen])
+        head.finalize()
+        assert head([new], size).score.item() == pytest.approx(far[:count].mean().item(), rel=1e-5)
+
+
 def test_a_bank_that_is_still_filling_goes_on_from_its_state(tmp_path):
     """Cut after any image, through a file: the same bank. Smaller than what is seen, so that draws matter."""
     maps = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(5)]
@@ -228,6 +251,14 @@ def test_wrong_usage_is_a_sentence(arguments, message):
     given = {"method": "l2bt", "backbone": "resnet10t"} | arguments
     with pytest.raises(UsageError, match=message):
         create_detector(given.pop("method"), given.pop("backbone"), **given)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (64, 64), (1, 1, 3, 64, 64)])
+def test_images_come_in_batches(shape):
+    """A network of convolutions alone would take one image without a batch and answer nonsense."""
+    detector = create_detector("memory_bank", "resnet10t", img_size=64)
+    with pytest.raises(UsageError, match=r"give a batch \(B, C, H, W\)"):
+        detector.update(torch.zeros(shape))
 
 
 def test_an_empty_bank_is_refused():

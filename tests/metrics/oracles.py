@@ -157,7 +157,7 @@ def many_positions(maps, masks, limits, count):
 
 
 def largest_f1(flat, defective):
-    """(F1, threshold) by a loop over all distinct scores, from the highest."""
+    """(F1, lowest score that counts as defective) by a loop over all distinct scores, from the highest."""
     best = (-1.0, None)
     for threshold in np.unique(flat)[::-1]:
         called = flat >= threshold

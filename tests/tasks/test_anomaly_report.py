@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 
 from zoo.tasks.callbacks.anomaly_gallery import GROUPS, Example, Gallery
-from zoo.tasks.callbacks.anomaly_pictures import FOUND, draw_example, draw_scores, heat_range, verdict
+from zoo.tasks.callbacks.anomaly_pictures import FOUND, draw_example, draw_scores, heat_range, short_path, verdict
 from zoo.tasks.callbacks.anomaly_report import AnomalyReport
 from zoo.tasks.callbacks.anomaly_rows import DefectRow, ImageRow, auroc, by_kind, by_size, measure
 
@@ -350,6 +350,20 @@ def test_colours_reach_from_good_to_defects():
     assert heat_range([flat(1.0, False), flat(2.0, True)], 5.0) == (1.0, 7.0)
     low, high = heat_range([flat(2.0, True)], math.nan)
     assert low == 2.0 < high
+
+
+@pytest.mark.parametrize(
+    ("path", "short"),
+    [
+        ("a/b.png", "a/b.png"),
+        ("/data/" + "x" * 50 + "/good/000.png", "…/good/000.png"),
+        ("/data/" + "x" * 30 + "/" + "y" * 19 + "/000.png", "…/" + "x" * 30 + "/" + "y" * 19 + "/000.png"),
+        ("a/" + "0123456789" * 8, "…" + "123456789" + "0123456789" * 5),
+    ],
+)
+def test_long_paths_are_cut_between_folders(path, short):
+    assert short_path(path) == short
+    assert len(short) <= 60
 
 
 def test_verdicts():

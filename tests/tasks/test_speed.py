@@ -70,6 +70,37 @@ def test_one_fusion_is_off_where_torch_gets_its_gradients_wrong(version, mended,
     assert speed._options(plain) is None
 
 
+class Staged(nn.Module):
+    """A stem, and two stages of a change of the map and two blocks each."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embed = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.stages = nn.Sequential(self.stage(), self.stage())
+        self.head = nn.Linear(4, 2)
+
+    @staticmethod
+    def stage():
+        stage = nn.Module()
+        stage.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(1, 4))
+        stage.blocks = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)])
+        return stage
+
+
+def test_blocks_are_compiled_and_what_lies_between_them():
+    network = Staged()
+    keys = list(network.state_dict())
+    speed.compile_in_place(network)
+    compiled = {name for name, module in network.named_modules() if module._compiled_call_impl is not None}
+    stages = {f"stages.{i}.{part}" for i in (0, 1) for part in ("downsample", "blocks.0", "blocks.1")}
+    # One layer alone, such as the head, has nothing to fuse.
+    assert compiled == {"patch_embed", *stages}
+    assert list(network.state_dict()) == keys
+    whole = Net(0.0)
+    speed.compile_in_place(whole)
+    assert whole._compiled_call_impl is not None
+
+
 @pytest.mark.parametrize(
     ("model", "trainer", "named"),
     [({"freeze_epochs": 1}, {}, "freeze_epochs"), ({}, {"accumulate_grad_batches": 2}, "accumulate_grad_batches")],

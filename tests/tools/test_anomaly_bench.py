@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,20 @@ def test_the_kept_page_is_what_the_kept_records_say():
     assert bench.main(["page", "--check"]) == 0
 
 
-def test_no_path_of_a_machine_is_kept():
-    given = ["run", "x", "--data", "/home/me/magnetic_tile", "--weights", "/tmp/w.safetensors", "--out", "/a/b"]
-    wanted = ["run", "x", "--data", "magnetic_tile", "--weights", "efficientnet_lite0_in1k.safetensors"]
-    assert bench.public(given) == wanted
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        ["--data", "/home/me/tiles", "--weights", "/tmp/w.safetensors", "--out", "/a/b"],
+        ["--data=/home/me/tiles", "--weights=/tmp/w.safetensors", "--out=/a/b"],
+        ["--dat", "/home/me/tiles", "--weigh=/tmp/w.safetensors", "--ou", "/a/b", "--device", "cpu"],
+    ],
+)
+def test_no_path_of_a_machine_is_kept(spelling):
+    args = bench.parser().parse_args(["run", "l2bt_224", *spelling, "--split", "test", "--normals=300"])
+    wanted = ["run", "l2bt_224", "--data", "magnetic_tile", "--weights", "efficientnet_lite0_in1k.safetensors"]
+    assert bench.public(args, bench._plain("l2bt_224")) == [*wanted, "--split", "test", "--normals", "300"]
+
+
+def test_the_kept_records_name_no_place_on_a_machine():
+    for path in bench.RECORDS.glob("*.json"):
+        assert not re.search(r"(?<![\w.])/\w", path.read_text()), path.name

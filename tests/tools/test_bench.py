@@ -1,8 +1,11 @@
 """The bench tool: right answers are timed, wrong ones are caught, the page follows from the records."""
 
+import ast
 import json
+import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -202,7 +205,7 @@ def test_a_ratio_compares_the_fastest_of_both():
     rows = [row("ours", "eager", 200, peak_gb=1.5), row("ours", "recipe", 900, peak_gb=2.5)]
     rows += [row("timm", "eager", 100, peak_gb=9.0), row("timm", "compile", 300, peak_gb=8.0)]
     (line,) = report.network_lines(record(rows=rows))
-    assert line == "| net | training | 128 | timm n | 100 | 300 | 200 | - | 900 | 3x | 8 | 2.5 |"
+    assert line == "| net | training | 128 | timm n | 100 | 300 | - | 200 | - | - | 900 | 3x | 8 | 2.5 |"
 
 
 def test_figures_from_elsewhere_count_on_the_same_kind_of_gpu_alone():
@@ -210,7 +213,7 @@ def test_figures_from_elsewhere_count_on_the_same_kind_of_gpu_alone():
     told |= {"images_per_second": {"training": {"eager": 100, "compile": 200}}, "peak_gb": {"training": {"compile": 7}}}
     rows = [row("ours", "eager", 300)]
     one = record(rows=rows, elsewhere=told)
-    assert "| theirs (*) | 100 | 200 | 300 | - | - | 1.5x | 7 | - |" in report.render([one])
+    assert "| theirs (*) | 100 | 200 | - | 300 | - | - | - | 1.5x | 7 | - |" in report.render([one])
     for other in (one | {"device": {"name": "NVIDIA H200"}}, one | {"quick": True}):
         text = report.render([other])
         assert "theirs" not in text
@@ -236,6 +239,28 @@ def test_add_keeps_rows_of_the_same_versions():
 
 def test_the_page_of_the_project_follows_from_its_records():
     assert cli.main(["report", "--check"]) == 0
+
+
+def test_processes_that_share_a_file_are_timed_one_at_a_time(tmp_path):
+    program = """
+import sys, time
+from pathlib import Path
+from tools.bench import timing
+timing.take_turns(Path(sys.argv[1]))
+spans = []
+for _ in range(5):
+    with timing.alone("cpu"):
+        start = time.monotonic()
+        time.sleep(0.05)
+        spans.append((start, time.monotonic()))
+print(spans)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "turns")]
+    options = {"stdout": subprocess.PIPE, "text": True, "cwd": machine.ROOT}
+    running = [subprocess.Popen(command, **options) for _ in range(2)]
+    spans = sorted(span for process in running for span in ast.literal_eval(process.communicate(timeout=120)[0]))
+    assert len(spans) == 10
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 class Net(nn.Module):

@@ -24,7 +24,7 @@ import torch
 from tools.bench import machine, report
 from tools.bench.cases import CASES, KINDS, Case, FunctionCase, select
 from tools.bench.run import COMPARE, Options, run_case
-from tools.bench.timing import rates, synchronize
+from tools.bench.timing import rates, synchronize, take_turns
 
 COMMANDS = {"ops": ("op", "layer"), "networks": ("network",), "headlines": ("headline",)}
 PAGE = machine.ROOT / "zoo" / "kernels" / "BENCHMARKS.md"
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing new is started")
         one.add_argument("--out", type=Path, help="folder of the records (default tools/bench/records; --quick: none)")
         one.add_argument("--add", action="store_true", help="keep rows of earlier records that are not made again")
+        one.add_argument("--turns", type=Path, metavar="FILE", help="runs with one FILE compile together, time in turn")
     commands.add_parser("list")
     page = commands.add_parser("report")
     page.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
@@ -124,12 +125,13 @@ def execute(cases: list[Case], options: Options, command: str, out: Path | None,
         for row in run_case(case, options):
             rows.append(row)
             print(text_of(row), flush=True)
+            if out is not None and row["status"] != "left out":
+                # After every row: a run that is killed keeps what it has measured.
+                about_case = facts(case, options.quick) | {"dtype": str(options.dtype).removeprefix("torch.")}
+                seconds = {"seconds": round(time.monotonic() - start, 1)}
+                machine.write(about | about_case | {"rows": rows, "rates": told} | seconds, out, add)
         bad += [case.name for row in rows if row["side"] == "ours" and row["status"] in ("wrong", "failed")]
         left += [case.name for row in rows if row["status"] == "left out"]
-        if out is not None and any(row["status"] != "left out" for row in rows):
-            about_case = facts(case, options.quick) | {"dtype": str(options.dtype).removeprefix("torch.")}
-            record = about | about_case | {"rows": rows, "rates": told, "seconds": round(time.monotonic() - start, 1)}
-            machine.write(record, out, add)
     if left:
         print(f"\nleft out, wholly or in part, by the budget or a broken GPU context: {', '.join(dict.fromkeys(left))}")
     if bad:
@@ -155,6 +157,8 @@ def bench(args: argparse.Namespace, top: argparse.ArgumentParser) -> int:
     except ValueError as error:
         top.error(str(error))
     dtype = getattr(torch, args.dtype)
+    if args.turns:
+        take_turns(args.turns)
     options = Options(device_of(args, top), args.quick, compare, dtype, start + args.budget)
     out = args.out or (None if args.quick else machine.RECORDS)
     return execute(cases, options, command_of(args), out, args.add)

@@ -13,7 +13,7 @@ enough; a budget is in seconds, and what it leaves out is named):
 ```
 python -m tools.bench ops --budget 550
 python -m tools.bench networks --compare timm,eager,recipe --budget 550
-python -m tools.bench networks --compare timm,compile --add --budget 550
+python -m tools.bench networks --compare timm,compile,fused --add --budget 550
 python -m tools.bench headlines
 python -m tools.bench report
 ```
@@ -24,15 +24,21 @@ maps). The floor is the larger of two times: the fewest bytes that must move ove
 arithmetic over the rate of a large bfloat16 product, both rates measured in the same run; for a layer, only its input,
 output and weights must move. Share is floor / time. Peak GB is what was allocated, weights and inputs included.
 Training is forward, loss and backward without the optimizer; `recipe` is how our recipes train: blocks compiled, the
-step replayed as CUDA graphs. A ratio compares the fastest of ours with the fastest of the peer.
+step replayed as CUDA graphs; `fused` is `compile` after timm's `reparameterize_model`, which folds batch norms into the
+convolutions before them where a network, ours or the peer, knows how; `graph` is an op or a layer replayed so, without
+what the host needs to launch its kernels. A ratio compares the fastest of ours with the fastest of the peer, which had
+the same ways of being run.
 """
 EMPTY = "\nThere are no records yet.\n"
 TITLES = {"op": "Ops", "layer": "Layers, projections included", "network": "Networks", "headline": "Headlines"}
 COLUMNS = {
-    "op": ("op", "pass", "peer", "peer ms", "ours ms", "ratio", "peak GB peer", "ours", "floor ms", "share of floor"),
+    "op": (
+        *("op", "pass", "peer", "peer ms", "ours ms", "ours eager", "ratio"),
+        *("peak GB peer", "ours", "floor ms", "share of floor"),
+    ),
     "network": (
-        *("network", "pass", "batch", "peer", "peer eager", "peer compile", "ours eager", "ours compile"),
-        *("ours recipe", "ratio", "peak GB peer", "ours"),
+        *("network", "pass", "batch", "peer", "peer eager", "peer compile", "peer fused"),
+        *("ours eager", "ours compile", "ours fused", "ours recipe", "ratio", "peak GB peer", "ours"),
     ),
     "headline": ("what", "peer", "peer images/s", "ours images/s", "ratio", "the paper's ratio"),
 }
@@ -91,7 +97,8 @@ def function_lines(record: Row) -> list[str]:
         ratio = None if not (ours and peer) else peer["timing"]["median_ms"] / ours["timing"]["median_ms"]
         share = (ours or {}).get("share")
         cells = [record["title"], what, "-" if peer is None else f"{peer['side']}, {peer['mode']}"]
-        cells += [milliseconds(peer), milliseconds(ours), "-" if ratio is None else f"{number(ratio)}x"]
+        eager = of_mode(good(record, "ours", what), "eager")
+        cells += [milliseconds(row) for row in (peer, ours, eager)] + ["-" if ratio is None else f"{number(ratio)}x"]
         cells += [number((row or {}).get("peak_gb")) for row in (peer, ours)]
         cells += [number((ours or {}).get("floor_ms")), "-" if share is None else f"{share:.0%}"]
         lines.append(line(cells))
@@ -127,10 +134,10 @@ def network_lines(record: Row) -> list[str]:
         ratio = best["images_per_second"] / rival_speed if best and rival_speed else None
         batch = (ours + peer)[0]["batch"]
         cells = [record["title"], what, str(batch), name]
-        for mode in ("eager", "compile"):
+        for mode in ("eager", "compile", "fused"):
             row = of_mode(peer, mode)
             cells.append(f"{told[mode]:,.0f}" if row is None and not peer and mode in told else speed(row))
-        cells += [speed(of_mode(ours, mode)) for mode in ("eager", "compile", "recipe")]
+        cells += [speed(of_mode(ours, mode)) for mode in ("eager", "compile", "fused", "recipe")]
         cells += ["-" if ratio is None else f"{number(ratio)}x", number(rival_gb), number((best or {}).get("peak_gb"))]
         lines.append(line(cells))
     return lines

@@ -5,15 +5,16 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from tools.bench.cases import Case, FunctionCase, Unavailable, Workload
-from tools.bench.check import WrongAnswer, check_function
+from tools.bench.check import WrongAnswer, check_function, error
 from tools.bench.timing import Memory, Rates, measure
 
-COMPARE = ("timm", "eager", "compile", "recipe")
+COMPARE = ("timm", "eager", "compile", "fused", "graph", "recipe")
 # So much data in turn does not stay in the cache of a large GPU.
 ROTATED = 192e6
 
@@ -97,6 +98,10 @@ def function_sides(case: FunctionCase, compare: tuple[str, ...]) -> list[tuple[s
         sides.append((case.peer, "eager"))
     if "compile" in compare and (case.peer == "reference" or case.peer in compare):
         sides.append((case.peer, "compile"))
+    if "graph" in compare:
+        sides.append(("ours", "graph"))
+        if case.kind == "layer" and case.peer in compare:
+            sides.append((case.peer, "graph"))
     return sides
 
 
@@ -145,16 +150,61 @@ def _timed(case: FunctionCase, side: str, mode: str, what: str, sizes: dict, opt
         workload.module.train(what != "forward")
     sets = [case.inputs(side, options.dtype, options.device, **sizes)]
     step = forward if what == "forward" else forward_backward
+    replay = partial(replayed, case, dtype=options.dtype) if mode == "graph" else _as_it_is
     first = step(workload, sets[0], options)
     first()
     memory.restart()
+    # A replay allocates nothing: what its call takes was taken when its graph was made.
+    first = replay(first)
     first()
     peak = memory.peak_gb()
     size = sum(x.numel() * x.element_size() for x in sets[0])
     more = 0 if options.device == "cpu" else min(7, math.ceil(ROTATED / size) - 1)
     sets += [case.inputs(side, options.dtype, options.device, **sizes) for _ in range(more)]
-    timing = measure([step(workload, one, options) for one in sets], options.device, options.quick)
+    calls = [first, *(replay(step(workload, one, options)) for one in sets[1:])]
+    timing = measure(calls, options.device, options.quick)
     return {"timing": timing.record(), "peak_gb": peak} | _floor(case, what, sizes, options, timing.median_ms)
+
+
+def _as_it_is(call: Callable[[], Any]) -> Callable[[], Any]:
+    return call
+
+
+def replayed(case: FunctionCase, call: Callable[[], Any], dtype: torch.dtype) -> Callable[[], Any]:
+    """The call as one CUDA graph, which costs the host one launch, as in our recipes and in a compiled network.
+
+    Raises:
+        Unavailable: there is no CUDA.
+        WrongAnswer: a replay does not answer what the call does.
+    """
+    if not torch.cuda.is_available():
+        raise Unavailable("CUDA graphs need CUDA")
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(2):
+            want = call()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = call()
+    graph.replay()
+    for mine, other in zip(_tensors(held), _tensors(want), strict=True):
+        off = error(mine, other)
+        # cuDNN's gradients of weights may sum in another order from one call to the next.
+        if not off <= case.tolerance[str(dtype).removeprefix("torch.")]:
+            raise WrongAnswer(f"a replay of the graph is off by {off:.1e} from the call itself")
+
+    def play(kept: Any = call) -> Any:
+        # The call owns what the graph reads, the output's gradient for one.
+        graph.replay()
+        return held
+
+    return play
+
+
+def _tensors(answer: Any) -> list[torch.Tensor]:
+    return [t for t in (answer if isinstance(answer, tuple) else (answer,)) if t is not None]
 
 
 def _floor(case: FunctionCase, what: str, sizes: dict, options: Options, ms: float) -> dict[str, float]:
@@ -169,7 +219,8 @@ def forward(workload: Workload, inputs: tuple, options: Options) -> Callable[[],
     device, mixed = options.device, workload.autocast and options.dtype != torch.float32
 
     def step() -> Any:
-        with torch.no_grad(), torch.autocast(device, options.dtype, enabled=mixed):
+        # Casts kept from one call to the next would point at memory that a graph does not own.
+        with torch.no_grad(), torch.autocast(device, options.dtype, enabled=mixed, cache_enabled=False):
             return workload.call(*inputs)
 
     return step
@@ -181,7 +232,7 @@ def forward_backward(workload: Workload, inputs: tuple, options: Options) -> Cal
     grads: list[torch.Tensor] = []
 
     def step() -> Any:
-        with torch.autocast(device, options.dtype, enabled=mixed):
+        with torch.autocast(device, options.dtype, enabled=mixed, cache_enabled=False):
             out = workload.call(*inputs)
         if not grads:
             # Laid out as the output is, and no zeros or ones, whose products can be cheaper.

@@ -35,7 +35,7 @@ def speed() -> ModuleType:
 
 def network_sides(case: NetworkCase, compare: tuple[str, ...]) -> list[tuple[str, str]]:
     # What takes long to compile comes last, so that a budget cuts that.
-    modes = [mode for mode in ("eager", "recipe", "compile") if mode in compare] or ["eager"]
+    modes = [mode for mode in ("eager", "recipe", "compile", "fused") if mode in compare] or ["eager"]
     sides: list[tuple[str, str]] = []
     for mode in modes:
         if case.ours:
@@ -50,7 +50,7 @@ def run_network(case: NetworkCase, options: Options) -> Iterator[dict[str, Any]]
     """The rows of a network: inference and training of each side and mode."""
     for side, mode in network_sides(case, options.compare):
         for what in case.passes:
-            if mode == "recipe" and what == "inference":
+            if (mode, what) in (("recipe", "inference"), ("fused", "training")):
                 continue
             row = {"side": side, "mode": mode, "pass": what, "status": "ok"}
             tidy()
@@ -89,7 +89,12 @@ def draw_images(network: nn.Module, batch: int, size: int, device: str) -> Tenso
 
 def prepare(network: nn.Module, mode: str) -> nn.Module:
     """The network as its mode runs it; parameters stay the same objects."""
-    if mode == "compile":
+    if mode == "fused":
+        from timm.utils import reparameterize_model
+
+        # Batch norms folded into the convolutions before them, where the network knows how: timm's way, for both sides.
+        network = reparameterize_model(network, inplace=True)
+    if mode in ("compile", "fused"):
         return torch.compile(network)  # type: ignore[return-value]
     if mode == "recipe":
         speed().compile_in_place(network)
@@ -134,13 +139,11 @@ def settle(reference: nn.Module, network: nn.Module, images: Tensor) -> None:
     network.load_state_dict(reference.state_dict())
 
 
-def checked(
-    case: NetworkCase, network: nn.Module, runner: nn.Module, images: Tensor, backward: bool, options: Options
-) -> dict[str, Any]:
-    """Logits (and the images' gradient) in evaluation mode against the reference in float32."""
+def settled(case: NetworkCase, network: nn.Module, size: int, options: Options) -> nn.Module:
+    """The reference; both get equal statistics of batch norms. Before anything is folded into anything."""
     reference = reference_of(case, options)
-    settle(reference, network, draw_images(reference, 16, images.shape[-1], options.device))
-    return check_network(runner, reference, images, autocast(options.device), backward)
+    settle(reference, network, draw_images(reference, 16, size, options.device))
+    return reference
 
 
 def _inference(case: NetworkCase, side: str, mode: str, options: Options) -> dict[str, Any]:
@@ -149,8 +152,12 @@ def _inference(case: NetworkCase, side: str, mode: str, options: Options) -> dic
     memory = Memory(options.device)
     network, size = make(case, side, options)
     images = draw_images(network, batch, size, options.device)
+    reference = settled(case, network, size, options) if side == "ours" else None
     runner = prepare(network.eval(), mode)
-    check = {"check": checked(case, network, runner, images, False, options)} if side == "ours" else {}
+    check = {}
+    if reference is not None:
+        check = {"check": check_network(runner, reference, images, autocast(options.device), False)}
+    del reference
     tidy_cache(options)
 
     def step() -> Tensor:
@@ -200,7 +207,9 @@ def build_training(
     result: dict[str, Any] = {}
     if check and mode == "eager":
         few = draw_images(network, min(batch, 16), size, options.device)
-        result = {"check": checked(case, network.eval(), network, few, True, options)}
+        reference = settled(case, network.eval(), size, options)
+        result = {"check": check_network(network, reference, few, autocast(options.device), True)}
+        del reference
     network.train()
     images = draw_images(network, batch, size, options.device)
     targets = torch.randint(0, 1000, (batch,), device=options.device)

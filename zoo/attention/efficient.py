@@ -30,7 +30,7 @@ class EfficientAttention(Attention):
         dim: channels of x.
         num_heads: heads; divides the channels of queries, keys and values.
         normalisation: "softmax", as above, or "scaling", (q / sqrt(N)) ((k / sqrt(N))^T v) for N keys.
-        qk_dim: channels of all queries, and of keys; `dim` unless given.
+        key_dim: channels of all keys, and of queries; `dim` unless given.
         value_dim: channels of values; `dim_out` unless given.
         dim_out: channels of the answer; `dim` unless given.
         qkv_bias: biases in the projections to q, k and v.
@@ -48,7 +48,7 @@ class EfficientAttention(Attention):
         *,
         num_heads: int = 8,
         normalisation: str = "softmax",
-        qk_dim: int | None = None,
+        key_dim: int | None = None,
         value_dim: int | None = None,
         dim_out: int | None = None,
         qkv_bias: bool = True,
@@ -62,16 +62,16 @@ class EfficientAttention(Attention):
             raise unknown("normalisation of attention 'efficient':", normalisation, ("softmax", "scaling"))
         self.scales = normalisation == "scaling"
         self.num_heads = num_heads
-        self.qk_dim = dim if qk_dim is None else qk_dim
+        self.key_dim = dim if key_dim is None else key_dim
         self.value_dim = self.dim_out if value_dim is None else value_dim
-        check_heads("efficient", self.qk_dim, num_heads)
+        check_heads("efficient", self.key_dim, num_heads)
         check_heads("efficient", self.value_dim, num_heads)
         if not proj and self.value_dim != self.dim_out:
             raise UsageError(
                 f"attention 'efficient': without proj the answer has the channels of the values, {self.value_dim}, but "
                 f"{self.dim_out} are wanted; leave out value_dim"
             )
-        self.qkv = nn.Linear(dim, 2 * self.qk_dim + self.value_dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 2 * self.key_dim + self.value_dim, bias=qkv_bias)
         self.proj = nn.Linear(self.value_dim, self.dim_out) if proj else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -98,7 +98,7 @@ class EfficientAttention(Attention):
 
     def project(self, x: Tensor, key_mask: Tensor | None, masked: float = MASKED) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised q and k (B, heads, N, d_k), float32 or wider, and v (B, heads, N, d_v)."""
-        q, k, v = self.qkv(x).split([self.qk_dim, self.qk_dim, self.value_dim], dim=2)
+        q, k, v = self.qkv(x).split([self.key_dim, self.key_dim, self.value_dim], dim=2)
         wide = torch.promote_types(v.dtype, torch.float32)
         q, k = split_heads(q, self.num_heads).to(wide), split_heads(k, self.num_heads).to(wide)
         v = split_heads(v, self.num_heads)

@@ -136,10 +136,13 @@ class LambdaAttention(Attention):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, W, heads, k) and v (B, H, W, u, d), normed; k (B, H*W*u, k), float32 or wider, of sum 1 over H*W."""
         q, k, v = self.qkv(x).split(self.splits, dim=1)
+        # Of a part of a map's channels, batch norm backward takes ten times a copy and cuDNN's batch norm together.
+        q, v = q.contiguous(memory_format=torch.channels_last), v.contiguous(memory_format=torch.channels_last)
         q = self.norm_q(q).permute(0, 2, 3, 1).unflatten(3, (self.num_heads, self.dim_key))
         v = self.norm_v(v).permute(0, 2, 3, 1).unflatten(3, (self.intra_depth, self.dim_value))
-        k = k.flatten(2).softmax(dim=-1, dtype=torch.promote_types(k.dtype, torch.float32))
-        return q, k.transpose(1, 2).unflatten(2, (self.intra_depth, self.dim_key)).flatten(1, 2), v
+        # In the order in which the map lies, so that its gradient does too.
+        k = k.permute(0, 2, 3, 1).flatten(1, 2).softmax(dim=1, dtype=torch.promote_types(k.dtype, torch.float32))
+        return q, k.unflatten(2, (self.intra_depth, self.dim_key)).flatten(1, 2), v
 
     @staticmethod
     def _answer(q: Tensor, content: Tensor) -> Tensor:

@@ -92,4 +92,4 @@ class NeuralAttention(MapAttention):
 def _start(inputs: int, outputs: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight (outputs, inputs) and bias as torch's linear layers start."""
     layer = nn.Linear(inputs, outputs)
-    return layer.weight, layer.bias
+    return nn.Parameter(layer.weight.detach()), nn.Parameter(layer.bias.detach())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention._heads import MapAttention, join_heads, sum_values
-from zoo.attention.base import Grid
+from zoo.attention.base import MASKED, Grid
 from zoo.attention.registry import register_attention
 
 
@@ -67,7 +67,13 @@ class NormalizedAttention(MapAttention):
         self.gelu = gelu
 
     def weigh(
-        self, q: Tensor, k: Tensor, grid: tuple[int, int] | None, key_mask: Tensor | None, bias: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        grid: tuple[int, int] | None,
+        key_mask: Tensor | None,
+        bias: Tensor | None,
+        masked: float = MASKED,
     ) -> Tensor:
         """Weights (B, heads, N, N) of any sign, zero for masked keys."""
         if bias is not None:
@@ -75,13 +81,17 @@ class NormalizedAttention(MapAttention):
         # The factor keeps products inside float16 and is taken back after.
         logits = (q * self.scale) @ k.transpose(-2, -1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.scale
+        # From the largest, whose place does not matter: equal logits become zeros, and their mean is exactly that.
         if key_mask is None:
+            logits = logits - logits.detach().amax(dim=-1, keepdim=True)
             centred = logits - logits.mean(dim=-1, keepdim=True)
             variance = centred.square().mean(dim=-1, keepdim=True)
             return self.gamma * self.standardise(centred, variance) + self.beta
         seen = key_mask[:, None, None, :].to(logits.dtype)
+        top = logits.detach().masked_fill(~key_mask[:, None, None, :], masked).amax(dim=-1, keepdim=True)
+        logits = (logits - top) * seen
         count = seen.sum(dim=-1, keepdim=True).clamp(min=1)
-        centred = (logits - (logits * seen).sum(dim=-1, keepdim=True) / count) * seen
+        centred = (logits - logits.sum(dim=-1, keepdim=True) / count) * seen
         variance = centred.square().sum(dim=-1, keepdim=True) / count
         return (self.gamma * self.standardise(centred, variance) + self.beta) * seen
 

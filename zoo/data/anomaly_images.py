@@ -41,13 +41,30 @@ class Refused(NamedTuple):
     message: str
 
 
+class Kept:
+    """Resized whole images, up to KEPT_BYTES of them; whoever gets one must not change it."""
+
+    def __init__(self) -> None:
+        self._pixels: dict[int, np.ndarray] = {}
+        self._room = KEPT_BYTES
+
+    def get(self, number: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The pixels of an image, made only where they are not kept."""
+        pixels = self._pixels.get(number)
+        if pixels is None:
+            pixels = make()
+            if pixels.nbytes <= self._room:
+                self._room -= pixels.nbytes
+                self._pixels[number] = pixels
+        return pixels
+
+
 class GoodImages(Samples):
     """{"image": uint8 (C, H, W), "path"}; changes at random depend on (seed, epoch, number of the image) alone."""
 
     def __init__(self, photos: Sequence[Photo], look: Look, seed: int, augment: Callable | None):
         self.photos, self.look, self.seed, self.augment = photos, look, seed, augment
-        self._resized: dict[int, np.ndarray] = {}
-        self._room = KEPT_BYTES
+        self._whole = Kept()
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -55,16 +72,10 @@ class GoodImages(Samples):
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Any] | Unreadable:
         epoch, index = split_key(key)
         photo = self.photos[index]
-        pixels = self._resized.get(index)
-        if pixels is None:
-            try:
-                image = open_image(photo.path, self.look.in_chans)
-            except Exception as error:  # damaged files surface as OSError, SyntaxError, ValueError, struct.error, ...
-                return unreadable(photo.path, error)
-            pixels = whole(image, self.look)
-            if pixels.nbytes <= self._room:
-                self._room -= pixels.nbytes
-                self._resized[index] = pixels
+        try:
+            pixels = self._whole.get(index, lambda: whole(open_image(photo.path, self.look.in_chans), self.look))
+        except Exception as error:  # damaged files surface as OSError, SyntaxError, ValueError, struct.error, ...
+            return unreadable(photo.path, error)
         # A copy: what is kept must not change with what augmentation or a reader does to it.
         return {"image": self._finish(pixels.copy(), epoch, index), "path": photo.path}
 
@@ -131,6 +142,7 @@ class JudgedImages(Samples):
 
     def __init__(self, photos: Sequence[Photo], look: Look, spoilt: Sequence[int] = (), defect_seed: int = 0):
         self.photos, self.look, self.spoilt, self.defect_seed = photos, look, spoilt, defect_seed
+        self._kept = Kept()
 
     def __len__(self) -> int:
         return len(self.photos) + len(self.spoilt)
@@ -141,24 +153,20 @@ class JudgedImages(Samples):
         number = self.spoilt[index - len(self.photos)] if drawn else index
         photo = self.photos[number]
         try:
-            image = open_image(photo.path, self.look.in_chans)
+            pixels = self._fitted(number)
         except Exception as error:  # damaged files surface as OSError, SyntaxError, ValueError, struct.error, ...
             return unreadable(photo.path, error)
-        size = (image.height, image.width)
-        mask = np.zeros(size, dtype=bool)
+        mask = np.zeros(pixels.shape[:2], dtype=bool)
         if photo.mask is not None and not drawn:
             try:
-                mask = read_mask(photo.mask, photo.path, size, photo.numbered)
+                mask = read_mask(photo.mask, photo.path, size_of(photo.path), photo.numbered)
             except UsageError as error:
                 return Refused(str(error))
             except Exception as error:  # as above
                 return Unreadable(photo.path, f"its mask {photo.mask}: {unreadable(photo.mask, error).reason}")
         # An empty mask does not say where the defect is.
         kind, label, known = photo.kind, photo.label, photo.label == 0 or bool(mask.any())
-        pixels = _pixels(image)
-        if self.look.tile is None:
-            inner = inner_size(size, self.look.img_size, self.look.resize)
-            pixels, mask = fit_image(image, inner), fit_mask(mask, inner)
+        mask = fit_mask(mask, pixels.shape[:2])
         if drawn:
             pixels, mask = draw_defect(pixels, mix("defect", self.defect_seed, number), self.look.tile)
             kind, label, known = "synthetic", 1, True
@@ -167,6 +175,19 @@ class JudgedImages(Samples):
             mask = pad_to(mask, self.look.img_size, "constant")
         sample: dict[str, Any] = {"image": as_tensor(pixels), "path": photo.path}
         return sample | {"mask": torch.from_numpy(mask)[None], "label": label, "kind": kind, "has_mask": known}
+
+    def _fitted(self, number: int) -> np.ndarray:
+        """An image at the size that it takes in `img_size`, or its own where there are tiles."""
+        look = self.look
+
+        def make() -> np.ndarray:
+            image = open_image(self.photos[number].path, look.in_chans)
+            if look.tile is not None:
+                return _pixels(image)
+            return fit_image(image, inner_size((image.height, image.width), look.img_size, look.resize))
+
+        # Validation looks at an image twice, and again after some epochs; a test does so once.
+        return self._kept.get(number, make).copy() if self.spoilt and look.tile is None else make()
 
 
 class TileSampler(EpochSampler):

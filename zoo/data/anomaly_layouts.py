@@ -347,6 +347,9 @@ def _good_only(folder: Path) -> list[Photo]:
             f"{str(folder / others[0])!r} lies among the good images: {folder.name} may hold good/* only. Move "
             f"defective images to {str(folder.parent / 'test' / others[0])!r}, good ones to {str(folder / 'good')!r}"
         )
+    loose = _loose(folder)
+    if loose and _folders(folder):
+        raise UsageError(f"{str(loose[0])!r} lies beside good/, good or not; move it into good/ or out of the way")
     images = list(images_in(folder))
     if not images:
         raise _no_good(folder / "good")

@@ -150,14 +150,18 @@ def inspect_by_tiles(
         some = found[first : first + batch_size]
         pixels = torch.cat([cut(image, place, tile) for place in some])
         pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        scores, maps = inference(_resize(pixels, img_size))
+        scores, maps = inference(resize(pixels, img_size))
         best = torch.maximum(best, scores.float().max())
-        for one, place in zip(_resize(maps.float(), (tile, tile)), some, strict=True):
+        for one, place in zip(resize(maps.float(), (tile, tile)), some, strict=True):
             blender.add(one[None], place)
     return best, blender.result()
 
 
-def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, averaging where it shrinks, float (B, C, H, W) -> (B, C, *size)."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
+    if size[1] == 1 < size[0]:
+        # torch 2.14 strides wrongly through a single column.
+        return resize(images.mT, (size[1], size[0])).mT
     return F.interpolate(images, size, mode="bilinear", antialias=True)

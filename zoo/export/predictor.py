@@ -643,7 +643,8 @@ def _results(
 
 
 def _refuse(arguments: argparse.Namespace, names: Iterable[str], kind: str) -> None:
-    given = [f"--{name}" for name in names if getattr(arguments, name)]
+    # Not by truth: an overlap of 0 was given too.
+    given = [f"--{n}" for n in names if (value := getattr(arguments, n)) is not None and value is not False]
     if given:
         raise PredictorError(f"{' and '.join(given)}: only for models of {kind}, which {arguments.model} is not")
 
@@ -681,7 +682,7 @@ def _classify(arguments: argparse.Namespace, predictor: Predictor) -> None:
 
 def _inspect(arguments: argparse.Namespace, predictor: Predictor) -> None:
     _refuse(arguments, ("top", "labels"), "classes")
-    if arguments.tile or arguments.overlap:
+    if arguments.tile is not None or arguments.overlap is not None:
         predictor.output.use_tiles(arguments.tile or predictor.output.tile, arguments.overlap)
     paths = find_images(arguments.images)
     progress, labels = Progress(len(paths)), Counter[str]()
@@ -740,6 +741,10 @@ def _save(image: Image.Image, path: Path) -> None:
         raise
 
 
+def _whole(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
@@ -764,7 +769,7 @@ def main(
     classes.add_argument("--labels", action="store_true", help="images lie in one folder per class: print the accuracy")
     defects = parser.add_argument_group("models of defects")
     defects.add_argument("--tile", type=_positive, metavar="N", help="look at tiles of N pixels, not at whole images")
-    defects.add_argument("--overlap", type=_positive, metavar="N", help="pixels that tiles share (default a quarter)")
+    defects.add_argument("--overlap", type=_whole, metavar="N", help="pixels that tiles share (default a quarter)")
     try:
         arguments = parser.parse_args(argv)
         predictor = open_model(arguments.model)

@@ -106,9 +106,9 @@ def _lambda(q: Tensor, k: Tensor, v: Tensor, table: Tensor, bias: Tensor | None,
     queries = _pixels(q).unflatten(-1, (num_heads, -1))
     values = _pixels(v)
     position = kernels.lambda_attention(queries, values.unsqueeze(3), table)
-    # Over positions, in float32 at least.
-    keys = k.flatten(2).softmax(dim=-1, dtype=torch.promote_types(k.dtype, torch.float32)).to(v.dtype)
-    content = keys @ values.flatten(1, 2)
+    # Over positions, in float32 at least; in the order in which the map lies, so that its gradient does too.
+    keys = _pixels(k).flatten(1, 2).softmax(dim=1, dtype=torch.promote_types(k.dtype, torch.float32)).to(v.dtype)
+    content = keys.transpose(1, 2) @ values.flatten(1, 2)
     if bias is not None:
         content = content + bias.to(content.dtype)[:, None]  # the convolution adds it to every position lambda
     out = torch.baddbmm(position.flatten(1, 3), queries.flatten(1, 3), content)
@@ -142,7 +142,9 @@ class FastLambdaLayer(LambdaLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, dim, H, W) -> (B, dim_out, H', W'), H' = ceil(H / stride); channels-last strides."""
         q, k, v = self.qkv(x).split((self.num_heads * self.dim_qk, self.dim_qk, self.dim_v), dim=1)
-        q, v = self.norm_q(q), self.norm_v(v)
+        # Of a part of a map's channels, batch norm backward takes ten times a copy and cuDNN's batch norm together.
+        q = self.norm_q(q.contiguous(memory_format=torch.channels_last))
+        v = self.norm_v(v.contiguous(memory_format=torch.channels_last))
         if self.pos_emb is None:
             out = _lambda_local(q, k, v, self.conv_lambda.weight, self.conv_lambda.bias, self.num_heads)
         else:

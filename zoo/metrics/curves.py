@@ -118,9 +118,9 @@ def average_precision(steps: Steps, bad: np.ndarray) -> tuple[float, float]:
 
 
 def largest_f1(steps: Steps, bad: np.ndarray) -> tuple[float, float, int]:
-    """Largest F1, its largest error, and the key of the threshold: `score >= threshold` is defective.
+    """Largest F1, its largest error, and the key of the lowest score that counts as defective.
 
-    Of several equal ones the highest threshold. NaN without defects (the step is then 0).
+    Of several equal ones the highest. NaN without defects (the key is then 0).
     """
     bads = bad.sum()
     if not bads:

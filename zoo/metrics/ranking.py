@@ -77,12 +77,13 @@ class _AUPR(_Ranking):
 
 class _F1Max(_Ranking):
     def compute(self) -> dict[str, Tensor]:
-        """{"f1", "threshold"}, scalars: the largest F1 of `score >= threshold` over all scores, and the highest
-        threshold that reaches it. Both NaN without defects."""
+        """{"f1", "threshold"}, scalars: the largest F1 of `score > threshold`, and the float32 just below the highest
+        score from which on that calls samples defective. Both NaN without defects."""
         value, error, key = largest_f1(*self._steps())
         self._warn(error)
-        threshold = float(score_of(np.array([key]))[0]) if value == value else float("nan")
-        return {"f1": self._value(value), "threshold": self._value(threshold)}
+        lowest = score_of(np.array([key]))[0] if value == value else np.float32("nan")
+        below = np.nextafter(lowest, np.float32("-inf"))
+        return {"f1": self._value(value), "threshold": self._value(float(below))}
 
 
 class PixelAUROC(PixelScores, _AUROC):

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -67,10 +66,7 @@ class Measures(nn.Module):
     def _pixel_values(self) -> dict[str, float]:
         # One exchange between processes and one pass over the bins for all who share them.
         values = {name: float(value) for name, value in self.pixels.compute().items()}
-        found = {name.removeprefix("pixel_f1_"): value for name, value in values.items()}
-        # The metric means scores from the threshold on, the task those above it.
-        found["threshold"] = float(np.nextafter(np.float32(found["threshold"]), np.float32(-np.inf)))
-        return found
+        return {name.removeprefix("pixel_f1_"): value for name, value in values.items()}
 
 
 def _of_images(scores: Tensor, defective: Tensor) -> dict[str, float]:

@@ -1,25 +1,42 @@
 """What makes training steps fast without changing what they compute: compilation and CUDA graphs."""
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+_ROWS = (nn.ModuleList, nn.Sequential)
+
 
 def compile_in_place(backbone: nn.Module) -> None:
-    """torch.compile of every block of `backbone`, wherever it has `blocks`, or else of the whole; keys stay."""
-    owners = [getattr(module, "blocks", None) for module in backbone.modules()]
-    blocks = [block for owner in owners if isinstance(owner, (nn.ModuleList, nn.Sequential)) for block in owner]
-    if len(blocks) < 2:
+    """torch.compile of every block of `backbone`, wherever it has `blocks`, and of what lies beside; keys stay."""
+    if not any(isinstance(getattr(module, "blocks", None), _ROWS) for module in backbone.modules()):
         backbone.compile()
         return
+    parts = list(_parts(backbone))
     # Equal blocks share one compilation, which takes seconds instead of a minute. Blocks that differ (in width, or in a
     # drop path rate that grows with depth) need one each: allow that instead of falling back to eager after eight, and
     # keep the sizes of the stages apart instead of compiling once for all of them.
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks))
-    for block in blocks:
-        block.compile(dynamic=False, options=_options(block))
+    torch._dynamo.config.recompile_limit = max(limit, 2 * len(parts))
+    for part in parts:
+        part.compile(dynamic=False, options=_options(part))
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Blocks, and beside them stems and what changes the map between stages: whatever has something to fuse."""
+    blocks = getattr(module, "blocks", None)
+    if isinstance(blocks, _ROWS):
+        yield from blocks
+    for child in module.children():
+        if child is blocks:
+            continue
+        inside = any(hasattr(one, "blocks") for one in child.modules())
+        if inside or isinstance(child, nn.ModuleList):
+            yield from _parts(child)
+        elif sum(1 for one in child.modules() if list(one.parameters(recurse=False))) > 1:
+            yield child
 
 
 def _options(block: nn.Module) -> dict[str, bool] | None:

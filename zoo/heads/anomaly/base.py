@@ -100,7 +100,13 @@ class Detector(nn.Module):
         return self
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The teacher's maps of normalised images (B, C, H, W)."""
+        """The teacher's maps of normalised images (B, C, H, W).
+
+        Raises:
+            UsageError: images of another number of dimensions.
+        """
+        if images.ndim != 4:
+            raise UsageError(f"images have the shape {tuple(images.shape)}: give a batch (B, C, H, W), also of one")
         with torch.no_grad():
             return self.teacher(images)
 

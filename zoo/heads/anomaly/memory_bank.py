@@ -34,7 +34,8 @@ class MemoryBank(AnomalyHead):
         normalize: whether only the direction of a place's vector counts, not its length, which light changes. The paper
             does without.
         sigma: of the Gaussian that smooths the map, in pixels of the image; 0 for none.
-        top: share of the pixels, the highest, whose mean is the score; 0 for the largest alone.
+        top: share of the places, the farthest, whose mean distance is the score; 0 for the farthest alone. Smoothing
+            has no part in it: a defect of one place would drown.
         seed: of the draws.
 
     Raises:
@@ -92,7 +93,8 @@ class MemoryBank(AnomalyHead):
         if self._reservoir.seen:
             places = self._reservoir.take()
             wanted = min(self.bank_size, max(1, round(self.coreset * self._reservoir.seen)), len(places))
-            self.bank = places[k_centres(places, wanted, self.seed, progress)].to(self.bank.device)
+            device = self.bank.device
+            self.bank = places[k_centres(places.to(device), wanted, self.seed, progress)].to(device)
             self._reservoir = Reservoir(self.max_places, self.seed)
         elif not self._ready:
             raise UsageError("the memory bank was shown no image: call update with good ones first")
@@ -101,9 +103,9 @@ class MemoryBank(AnomalyHead):
     def detect(self, features: Sequence[Tensor], size: tuple[int, int]) -> AnomalyOutput:
         places = self.places(features)
         far = nearest(places.permute(0, 2, 3, 1).flatten(0, 2), self.bank, self.neighbours)
-        maps = resize(far.view(places.shape[0], 1, places.shape[2], places.shape[3]), size)
-        maps = gaussian(maps, self.sigma) if self.sigma > 0 else maps
-        return AnomalyOutput(top_mean(maps, self.top), maps)
+        far = far.view(places.shape[0], 1, places.shape[2], places.shape[3])
+        maps = resize(far, size)
+        return AnomalyOutput(top_mean(far, self.top), gaussian(maps, self.sigma) if self.sigma > 0 else maps)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What was seen and is no bank yet, so that a run which is killed while it fills goes on."""
@@ -166,16 +168,16 @@ class Reservoir:
 
 
 def k_centres(rows: Tensor, count: int, seed: int = 0, progress: Progress | None = None, width: int = 128) -> Tensor:
-    """Indices (count,) of rows (N, C) chosen one after the other, each the farthest from all chosen before.
+    """Indices (count,), on the CPU, of rows (N, C) chosen in turn, each the farthest from all chosen before.
 
     Distances are those of random projections to `width` dimensions, and the first row is drawn.
     """
     generator = torch.Generator().manual_seed(seed)
     if rows.shape[1] > width:
-        rows = rows @ torch.randn(rows.shape[1], width, generator=generator) / width**0.5
+        rows = rows @ torch.randn(rows.shape[1], width, generator=generator).to(rows.device) / width**0.5
     chosen = [int(torch.randint(len(rows), (), generator=generator))]
     squares = rows.square().sum(dim=1)
-    distances = torch.full((len(rows),), float("inf"))
+    distances = torch.full_like(squares, float("inf"))
     while len(chosen) < count:
         last = chosen[-1]
         torch.minimum(distances, squares + squares[last] - 2 * (rows @ rows[last]), out=distances)

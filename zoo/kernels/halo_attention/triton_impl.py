@@ -13,6 +13,8 @@ from zoo.kernels.halo_attention.sizes import cut, power_of_2
 LOG2E = math.log2(math.e)
 # Bytes of the windows' gradients that are stored at once.
 SCRATCH = 2**28
+# Programs that keep every multiprocessor of a large GPU busy.
+FULL = 1024
 
 
 class Tuning(NamedTuple):
@@ -28,12 +30,19 @@ class Tuning(NamedTuple):
     run: int = 1
 
 
-def tuning(backward: bool, channels: int, queries: int, size: int) -> Tuning:
-    """For heads of at most `channels` channels of `size` bytes and tiles of so many queries."""
+def tuning(backward: bool, channels: int, queries: int, size: int, blocks: int = 0) -> Tuning:
+    """For heads of at most `channels` channels of `size` bytes, tiles of so many queries and so many of them.
+
+    The fastest on one H200 in bfloat16 of 18 (backward 8) combinations at the five layers of tools/bench; there is no
+    search at run time, so that nothing is tuned again for a new batch or map.
+    """
     keys = 32 if size == 4 or channels > 128 else 64
+    warps = 8 if queries > 64 or channels > 64 else 4
     if backward:
-        return Tuning(32 if queries > 64 else keys, 8 if queries > 64 or channels > 32 else 4, 1)
-    return Tuning(keys, 8 if queries > 64 or channels > 64 else 4, 2)
+        # Fewer, longer programs leave fewer sums for the tables, as long as they still fill the GPU several times.
+        run = 4 if channels <= 32 and blocks >= 4 * FULL else 1
+        return Tuning(32 if queries > 64 else keys, warps, 1, run=run)
+    return Tuning(keys, warps, 3 if size == 2 and channels <= 64 else 2)
 
 
 class Plan(NamedTuple):
@@ -129,7 +138,6 @@ def backward(
     hq, wq, dv = q.shape[1], q.shape[2], v.shape[4]
     grad, q, k, v = _unit_stride(grad), _unit_stride(q), _unit_stride(k), _unit_stride(v)
     p = plan(block, halo, stride, max(dk, dv))
-    tuned = tuning(True, max(dk, dv), p.queries, q.element_size())
     blocks_y, blocks_x = triton.cdiv(height, block), triton.cdiv(width, block)
     rel, size = height_rel is not None, 2 * p.window - 1
     d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -139,6 +147,7 @@ def backward(
     per_image = blocks_y * blocks_x * p.tiles
     of_image = per_image * heads * p.window**2 * (dk + dv) * k.element_size()
     images = max(1, min(batch, SCRATCH // of_image))
+    tuned = tuning(True, max(dk, dv), p.queries, q.element_size(), images * per_image * heads)
     runs = triton.cdiv(images * per_image, tuned.run)
     parts = triton.cdiv(batch, images)
     k_windows = k.new_empty(images * per_image * heads * p.window**2, dk)

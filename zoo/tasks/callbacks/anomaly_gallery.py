@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.data.tiling import resize
+
 # What a reader looks for first comes first.
 GROUPS = {
     "worst_defect": "Defects with the lowest scores",
@@ -104,7 +106,7 @@ class Gallery:
         size = max(1, round(height * scale)), max(1, round(width * scale))
         image = image.detach().float() / (255 if image.dtype == torch.uint8 else 1)
         if tuple(image.shape[-2:]) != size:
-            image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+            image = resize(image[None], size)[0]
         image = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
         picture = image[:3].permute(1, 2, 0).numpy() if len(image) >= 3 else image[0].numpy()
         # The largest value of a block: a defect of one pixel stays in the picture.

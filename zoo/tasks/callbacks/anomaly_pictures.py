@@ -72,11 +72,20 @@ def draw_example(
     grid[3].set_title("mask", fontsize=9, color=_TRUTH_TEXT, pad=3, loc="left")
     grid[3].set_title("above threshold", fontsize=9, color=FOUND, pad=3, loc="right")
     limit = "" if math.isnan(threshold) else f" (threshold {threshold:.4g})"
-    name = "…" + example.path[-59:] if len(example.path) > 60 else example.path
+    name = short_path(example.path)
     word = verdict(example.defective, example.score, threshold)
     figure.suptitle(f"{example.kind}: {word}, score {example.score:.4g}{limit}\n{name}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def short_path(path: str, limit: int = 60) -> str:
+    """A path, or as many of its last folders as fit in `limit` characters; one long name loses its beginning."""
+    if len(path) <= limit:
+        return path
+    parts = Path(path).parts
+    ends = ("…/" + "/".join(parts[n:]) for n in range(1, len(parts)))
+    return next((end for end in ends if len(end) <= limit), "…" + parts[-1][1 - limit :])
 
 
 def draw_scores(images: Sequence[ImageRow], threshold: float, path: Path) -> None:
@@ -89,7 +98,7 @@ def draw_scores(images: Sequence[ImageRow], threshold: float, path: Path) -> Non
     figure = Figure(figsize=(8.6, 2.9 + strip), layout="constrained", dpi=110)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, strip])
     every = np.concatenate(list(scores.values()))
-    bins = np.histogram_bin_edges(every, bins=int(np.clip(len(every) / 6, 12, 60)))
+    bins = np.histogram_bin_edges(every, bins=int(np.clip(len(every) / 6, 24, 60)))
     bad = np.concatenate([scores[kind] for kind in kinds[1:]]) if len(kinds) > 1 else np.zeros(0)
     for values, colour, name in ((scores["good"], _GOOD, "good"), (bad, _BAD, "defective")):
         if len(values):
