@@ -30,6 +30,7 @@ def odd_side(side: float, factor: float) -> int:
     prefix="mix",
     cost="4*N*C**2 + 2*N**2*C",
     forms_map=True,
+    confidence="medium",
 )
 class MultiScaleWindowAttention(PairAttention):
     """Softmax attention of each cell to the square around it, whose side depends on the head.

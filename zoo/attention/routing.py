@@ -28,6 +28,7 @@ from zoo.kernels.precision import without_autocast
     # 8 heads, half of them in windows of 7 x 7 that divide the grid, half in 8 clusters whose number divides N; moving
     # the centroids takes 8*N*C more.
     cost="4*N*C**2 + 49*N*C + 8*N*C + N**2*C/8",
+    confidence="medium",
 )
 class RoutingAttention(HeadAttention):
     """Softmax attention inside clusters in half of the heads, inside windows in the others.

@@ -23,6 +23,7 @@ from zoo.kernels.precision import without_autocast
     prefix="mix",
     cost="4*N*C**2 + 2*N**2*C + 8*N*C",
     forms_map=True,
+    confidence="medium",
 )
 class ThresholdRelativeAttention(HeadAttention):
     """Weights of query i: softmax of S_ij + delta_i * n_ij over the keys j with S_ij > 0.
