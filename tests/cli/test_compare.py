@@ -64,6 +64,7 @@ def test_an_entry_wins_over_the_settings_of_all():
         ({"seeds": 3}, r"such as \[0, 1, 2\]"),
         ({"accuracy": "tset"}, "Did you mean 'test'"),
         ({"attentions": ["sofmax"]}, "Did you mean 'softmax'"),
+        ({"backbones": ["zoo_vit_tiny"]}, "unknown backbone 'zoo_vit_tiny'"),
         ({"attentions": "softmax"}, "give patterns"),
         ({"attentions": None}, "compares nothing"),
         ({"entries": {"a/b": {}}}, "name of a folder"),

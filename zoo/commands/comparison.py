@@ -100,6 +100,7 @@ def _budget(content: Mapping[str, Any], path: Path) -> tuple[str, float]:
 def _entries(content: Mapping[str, Any], path: Path) -> tuple[Entry, ...]:
     from zoo.attention import attention_spec, list_attentions
     from zoo.catalogue import short_facts
+    from zoo.tasks.backbone import check_backbone_name
 
     for key, kind in (("attentions", list), ("backbones", list), ("entries", dict), ("settings", dict)):
         if not isinstance(content.get(key) or kind(), kind):
@@ -113,6 +114,7 @@ def _entries(content: Mapping[str, Any], path: Path) -> tuple[Entry, ...]:
             spec = attention_spec(name)
             found.append(Entry(name, {"model": {"init_args": {"attn": name}}}, spec.paper, spec.confidence))
     for name in content.get("backbones") or []:
+        check_backbone_name(name)
         found.append(Entry(name, {"model": {"init_args": {"backbone": name}}}, short_facts(name)[0], "-"))
     for name, settings in (content.get("entries") or {}).items():
         if not isinstance(settings, Mapping):
