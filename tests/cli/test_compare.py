@@ -11,7 +11,7 @@ import yaml
 
 from zoo.cli import main
 from zoo.commands import compare
-from zoo.commands.compare_report import cells, markdown, rows_of
+from zoo.commands.compare_report import cells, labels, markdown, rows_of
 from zoo.commands.comparison import merged, read_plan
 from zoo.errors import UsageError
 
@@ -45,10 +45,7 @@ def test_entries_are_mechanisms_backbones_and_changes(plan_file):
 
 def test_an_entry_wins_over_the_settings_of_all():
     base = {"model": {"a": 1, "b": {"c": 2}}, "seed": 0}
-    assert merged(base, {"model": {"b": {"d": 3}, "a": 4}}) == {
-        "model": {"a": 4, "b": {"c": 2, "d": 3}},
-        "seed_everything": 0,
-    }
+    assert merged(base, {"model": {"b": {"d": 3}, "a": 4}}) == {"model": {"a": 4, "b": {"c": 2, "d": 3}}, "seed": 0}
     assert base["model"]["b"] == {"c": 2}
 
 
@@ -103,6 +100,13 @@ def test_rows_hold_means_and_the_spread_of_seeds(plan_file):
     assert "why \\| not" in page
     assert "standard deviation" in page
     assert len({line.replace("\\|", "").count("|") for line in page.splitlines() if line.startswith("|")}) == 1
+
+
+def test_points_at_one_place_share_a_label():
+    found = labels([1.0, 5.0, 1.001, 3.0], [2.0, 2.0, 2.0, 9.0])
+    assert found == [((1.0, 2.0), "1, 3"), ((5.0, 2.0), "2"), ((3.0, 9.0), "4")]
+    assert labels([float("nan"), 1.0], [2.0, 2.0]) == [((1.0, 2.0), "2")]
+    assert labels([1.0, 1.0], [2.0, 2.0]) == [((1.0, 2.0), "1, 2")]
 
 
 @pytest.fixture
