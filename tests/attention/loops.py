@@ -91,3 +91,15 @@ def multi_head(attention, q, k, v, seen=None):
     """Softmax attention of lists of heads, and the output projection."""
     out = [gather(softmax_rows(products(a, b), seen), c) for a, b, c in zip(q, k, v, strict=True)]
     return close(attention, torch.cat(out, dim=1))
+
+
+def pairs_resized(table, old, new):
+    """(h*w, h*w) bilinearly to (H*W, H*W), divided among the new number of places."""
+    (h, w), (height, width) = old, new
+    axes = [torch.eye(n)[:, None, :] for n in (h, w)]
+    rows, columns = (
+        torch.nn.functional.interpolate(axis, size=size, mode="linear", align_corners=False)[:, 0]
+        for axis, size in zip(axes, (height, width), strict=True)
+    )
+    grid = torch.einsum("abcd,aA,bB,cC,dD->ABCD", table.view(h, w, h, w), rows, columns, rows, columns)
+    return grid.reshape(height * width, -1) * (h * w / (height * width))

@@ -1,7 +1,7 @@
 """Every mechanism in a plain transformer, a ResNet and the windows of Swin: trained and evaluated, or refused."""
 
 import pytest
-import timm
+import timm.optim
 import torch
 
 from zoo import list_attentions
