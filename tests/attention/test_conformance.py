@@ -51,6 +51,21 @@ CASES = [(name, {}) for name in list_attentions()] + [
     ("multi_token", {"query_kernel": 1, "key_kernel": 5, "head_group": 2, "norm": False}),
     ("shifted_window", {"inner": "multi_token", "window_size": 5}),
 ]
+CASES += [
+    ("sparse_strided", {"pattern": "union"}),
+    ("sparse_fixed", {"summary": "spaced"}),
+    ("multi_scale_window", {"layer_group": 0}),
+    ("moba", {"block_size": 3, "top_blocks": 2}),
+    ("window", {"inner": "moba", "rel_pos_bias": True}),
+    ("mosa", {"dense_heads": 2, "head_dim": 6}),
+    ("cross_window", {"inner": "mosa"}),
+    ("routing", {"local_heads": 0, "clusters": 3}),
+    ("routing", {"normalized": False, "window_size": 4}),
+    ("threshold_relative", {"distance": "euclidean"}),
+    ("relational", {"library_size": 9, "symmetric": True, "num_relations": 2}),
+    ("relational", {"relational_heads": 8, "num_heads": 8}),
+    ("shifted_window", {"inner": "relational", "rel_pos_bias": True}),
+]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in CASES]
 each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 
@@ -66,7 +81,7 @@ OTHER = {
     "qk_dim": 8,
     "attn_drop": 0.5,
     "proj_drop": 0.5,
-    "block_size": 4,
+    "block_size": 5,
     "halo_size": 1,
     "stride": 2,
     "dim_head": 3,
@@ -96,8 +111,29 @@ OTHER = {
     "key_kernel": 5,
     "head_group": 2,
 }
+OTHER |= {
+    "pattern": "union",
+    "summary_size": 3,
+    "summary": "spaced",
+    "layer_group": 1,
+    "top_blocks": 2,
+    "head_dim": 6,
+    "sparsity": 3,
+    "dense_heads": 2,
+    "clusters": 3,
+    "local_heads": 1,
+    "distance": "euclidean",
+    "relational_heads": 2,
+    "num_relations": 2,
+    "max_offset": 2,
+    "library_size": 3,
+}
 # Rows of weights that may sum to less than 1: a small number in the normaliser. Their own tests say by how much.
 FALL_SHORT = {"focused_linear"}
+# A token that no head or cluster takes, and a query with nothing above the threshold, have rows of zeros.
+FALL_SHORT |= {"mosa", "routing", "threshold_relative"}
+# They choose tokens by comparison, and rounded inputs turn near ties round.
+CHOOSE = {"moba", "mosa", "routing", "threshold_relative"}
 # The rest of a row is memory's.
 FALL_SHORT |= {"persistent_memory"}
 # Affinities of any sign and sum.
@@ -120,6 +156,17 @@ def prefixes(name, options):
     # A wrapper puts prefix tokens into every window, where only a mechanism that mixes them can take them.
     mixed = not spec.wrapper or attention_spec({**spec.options, **options}["inner"]).prefix == "mix"
     return (0, 1) if spec.prefix != "refuse" and mixed else (0,)
+
+
+def assert_near_in_low_precision(name, options, got, want):
+    """bf16 keeps 8 bits of projections and values of order 1; the longest sum here is 91 values."""
+    if not {name, options.get("inner")} & CHOOSE:
+        torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+        return
+    # What one token of another choice changes is its share in a small group of them: a few answers, by a part.
+    apart = (got.float() - want).abs() > 0.05 + 0.05 * want.abs()
+    assert apart.float().mean() < 0.1
+    assert (got.float() - want).norm() < 0.2 * want.norm()
 
 
 def tokens(grid, prefix=0, batch=2, dtype=torch.float32, seed=2):
@@ -265,8 +312,7 @@ def test_autocast_is_near_and_leaves_weights_in_float32(name, options, dtype):
     x = tokens(grid)
     with torch.autocast("cpu", dtype), torch.no_grad():
         out, weights = attention(x, grid), attention.attention_map(x, grid)
-    # As below: bf16 keeps 8 bits of projections and values of order 1.
-    torch.testing.assert_close(out.float(), attention(x, grid), rtol=0.05, atol=0.05)
+    assert_near_in_low_precision(name, options, out, attention(x, grid))
     assert weights.dtype == torch.float32
     if not kinds(name, options) & (SIGNED | FALL_SHORT):
         # Not rounded on the way: sums of 30 float32 weights.
@@ -287,8 +333,7 @@ def test_low_precision_is_finite_and_near(name, options, dtype):
     x = tokens(grid)
     low = copy.deepcopy(attention).to(dtype)(x.to(dtype), grid)
     assert low.dtype == dtype
-    # bf16 keeps 8 bits; the longest sum here is 91 values of order 1.
-    torch.testing.assert_close(low.float(), attention(x, grid), rtol=0.05, atol=0.05)
+    assert_near_in_low_precision(name, options, low, attention(x, grid))
     huge = copy.deepcopy(attention).to(dtype)(30 * x.to(dtype), grid)
     assert huge.isfinite().all()
 

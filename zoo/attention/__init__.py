@@ -11,6 +11,9 @@ from zoo.attention.hedgehog import HedgehogAttention
 from zoo.attention.inverse_distance import InverseDistanceAttention
 from zoo.attention.lambda_layer import LambdaAttention
 from zoo.attention.local_relation import LocalRelationAttention
+from zoo.attention.moba import MobaAttention
+from zoo.attention.mosa import MosaAttention
+from zoo.attention.multi_scale_window import MultiScaleWindowAttention
 from zoo.attention.multi_token import MultiTokenAttention
 from zoo.attention.neural import NeuralAttention
 from zoo.attention.normalized import NormalizedAttention
@@ -24,9 +27,13 @@ from zoo.attention.registry import (
     with_defaults,
 )
 from zoo.attention.rela import GatedRectifiedAttention, RectifiedAttention
+from zoo.attention.relational import RelationalAttention
+from zoo.attention.routing import RoutingAttention
 from zoo.attention.selective import SelectiveAttention
 from zoo.attention.single_head import SingleHeadAttention
 from zoo.attention.softmax import SoftmaxAttention
+from zoo.attention.sparse import SparseFixedAttention, SparseStridedAttention
+from zoo.attention.threshold_relative import ThresholdRelativeAttention
 from zoo.attention.uniform import UniformAttention
 from zoo.attention.window import CrossWindowAttention, ShiftedWindowAttention, WindowAttention
 
@@ -45,17 +52,25 @@ __all__ = [
     "InverseDistanceAttention",
     "LambdaAttention",
     "LocalRelationAttention",
+    "MobaAttention",
+    "MosaAttention",
+    "MultiScaleWindowAttention",
     "MultiTokenAttention",
     "NeuralAttention",
     "NormalizedAttention",
     "OptimisedAttention",
     "PersistentMemoryAttention",
     "RectifiedAttention",
+    "RelationalAttention",
+    "RoutingAttention",
     "SelectiveAttention",
     "ShiftedWindowAttention",
     "SingleHeadAttention",
     "SoftmaxAttention",
+    "SparseFixedAttention",
+    "SparseStridedAttention",
     "SuperAttention",
+    "ThresholdRelativeAttention",
     "UniformAttention",
     "WindowAttention",
     "attention_spec",

@@ -56,6 +56,14 @@ class Attention(nn.Module):
         """The weights (B, heads, queries, keys), explicit or implied, that the mechanism gives to x; for looking."""
         raise NotImplementedError(f"{type(self).__name__} has no attention map")
 
+    def head_layers(self) -> list[tuple[nn.Module, int]]:
+        """Layers whose input is what heads answer, side by side in its channels, each with the number of these heads.
+
+        This is where a head is masked. Without heads there are none; those of mechanisms inside are their own.
+        """
+        heads, proj = getattr(self, "num_heads", 0), getattr(self, "proj", None)
+        return [(proj, heads)] if heads and isinstance(proj, nn.Module) else []
+
     def token_grid(self, x: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
         """The grid of tokens x (B, P + H*W, C): as given, else `grid_size` where it fits, else a square.
 
