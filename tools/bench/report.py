@@ -182,16 +182,26 @@ def table(kind: str, records: list[Row]) -> str:
     return "\n".join([*lines, "", "```", *commands, "```", ""])
 
 
-def machine(record: Row) -> str:
-    """Hardware, versions, rates, date and commit of a run in a sentence."""
-    device = ", ".join(f"{key} {value}" for key, value in record["device"].items() if key != "name")
-    known = ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))
-    said = f"{record['device']['name']}, {device}; {known}; {record['date'][:10]}"
-    rates = record.get("rates")
-    if rates:
-        said += f"; measured rates {rates['bytes_per_second'] / 1e9:,.0f} GB/s and "
-        said += f"{rates['flops_per_second'] / 1e12:,.1f} TFLOP/s"
-    return f"- {said}; commit {(record.get('commit') or 'unknown')[:12]}."
+def machines(records: list[Row]) -> list[str]:
+    """Hardware, versions, date and commit of runs in a sentence each, with the rates that were measured in them."""
+    found: dict[str, list[Row]] = {}
+    for record in records:
+        device = ", ".join(f"{key} {value}" for key, value in record["device"].items() if key != "name")
+        known = ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))
+        said = f"- {record['device']['name']}, {device}; {known}; {record['date'][:10]}"
+        said += f"; commit {(record.get('commit') or 'unknown')[:12]}"
+        found.setdefault(said, []).extend([record["rates"]] if record.get("rates") else [])
+    return [f"{said}{_span(rates)}." for said, rates in found.items()]
+
+
+def _span(rates: list[Row]) -> str:
+    if not rates:
+        return ""
+    parts = []
+    for key, unit, name in (("bytes_per_second", 1e9, "GB/s"), ("flops_per_second", 1e12, "TFLOP/s")):
+        low, high = (f"{extreme(rate[key] for rate in rates) / unit:,.0f}" for extreme in (min, max))
+        parts.append(f"{low} {name}" if low == high else f"{low} to {high} {name}")
+    return f"; measured rates {' and '.join(parts)}"
 
 
 def render(records: list[Row]) -> str:
@@ -205,5 +215,5 @@ def render(records: list[Row]) -> str:
         here.sort(key=lambda record: record.get("order", 0))
         parts.append(f"\n## {name}" + (", toy sizes: a test of the tool, no measurement" if quick else "") + "\n")
         parts += [table(kind, same) for kind in TITLES if (same := [r for r in here if r["kind"] == kind])]
-        parts.append("\n" + "\n".join(dict.fromkeys(machine(record) for record in here)) + "\n")
+        parts.append("\n" + "\n".join(machines(here)) + "\n")
     return "".join(parts)

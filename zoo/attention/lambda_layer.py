@@ -140,8 +140,9 @@ class LambdaAttention(Attention):
         q, v = q.contiguous(memory_format=torch.channels_last), v.contiguous(memory_format=torch.channels_last)
         q = self.norm_q(q).permute(0, 2, 3, 1).unflatten(3, (self.num_heads, self.dim_key))
         v = self.norm_v(v).permute(0, 2, 3, 1).unflatten(3, (self.intra_depth, self.dim_value))
-        k = k.flatten(2).softmax(dim=-1, dtype=torch.promote_types(k.dtype, torch.float32))
-        return q, k.transpose(1, 2).unflatten(2, (self.intra_depth, self.dim_key)).flatten(1, 2), v
+        # In the order in which the map lies, so that its gradient does too.
+        k = k.permute(0, 2, 3, 1).flatten(1, 2).softmax(dim=1, dtype=torch.promote_types(k.dtype, torch.float32))
+        return q, k.unflatten(2, (self.intra_depth, self.dim_key)).flatten(1, 2), v
 
     @staticmethod
     def _answer(q: Tensor, content: Tensor) -> Tensor:

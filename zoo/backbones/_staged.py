@@ -29,6 +29,18 @@ class MapStage(nn.Module):
         return x
 
 
+class AveragePool(nn.Module):
+    """Mean over the map, (B, C, H, W) -> (B, C, 1, 1), whose gradient lies in memory as the map does.
+
+    That of torch's pooling is an ordinary map, which every layer on the way back then turns.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return x.permute(0, 2, 3, 1).mean((1, 2))[:, :, None, None]
+        return x.mean((2, 3), keepdim=True)
+
+
 def linear_classifier(dim: int, num_classes: int) -> nn.Linear:
     """A linear layer whose weights start at a truncated normal of std 0.02, its biases at 0."""
     layer = nn.Linear(dim, num_classes)
@@ -65,6 +77,8 @@ class StagedNetwork(nn.Module):
             raise UsageError("a classifier needs a pooled map: give global_pool='avg', or num_classes=0")
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        if global_pool == "avg":
+            self.global_pool.pool = AveragePool()
         self.head = self.classifier(num_classes)
 
     def classifier(self, num_classes: int) -> nn.Module:

@@ -106,9 +106,9 @@ def _lambda(q: Tensor, k: Tensor, v: Tensor, table: Tensor, bias: Tensor | None,
     queries = _pixels(q).unflatten(-1, (num_heads, -1))
     values = _pixels(v)
     position = kernels.lambda_attention(queries, values.unsqueeze(3), table)
-    # Over positions, in float32 at least.
-    keys = k.flatten(2).softmax(dim=-1, dtype=torch.promote_types(k.dtype, torch.float32)).to(v.dtype)
-    content = keys @ values.flatten(1, 2)
+    # Over positions, in float32 at least; in the order in which the map lies, so that its gradient does too.
+    keys = _pixels(k).flatten(1, 2).softmax(dim=1, dtype=torch.promote_types(k.dtype, torch.float32)).to(v.dtype)
+    content = keys.transpose(1, 2) @ values.flatten(1, 2)
     if bias is not None:
         content = content + bias.to(content.dtype)[:, None]  # the convolution adds it to every position lambda
     out = torch.baddbmm(position.flatten(1, 3), queries.flatten(1, 3), content)
