@@ -120,16 +120,17 @@ def check(name, size):
     maps = pyramid(images)
     assert [map_.shape[1] for map_ in maps] == pyramid.channels
     assert pyramid.reductions == list(LEVELS)
+    # A network's own map loses rows to convolutions without padding: one, but for those made of them.
+    loss = 5 if name.startswith("inception") else 1
     for map_, level, native in zip(maps, LEVELS, pyramid.native, strict=True):
-        # A network's own map loses rows to convolutions without padding: one, but for those made of them.
-        slack = (4 if name.startswith("inception") else 1) if native else 0
+        slack = loss if native else 0
         assert all(0 <= want - got <= slack for want, got in zip(sides(size, level), map_.shape[2:], strict=True))
         assert map_.isfinite().all()
         assert map_.std() > 0
     odd = (size[0] + 7, size[1] - 11)
     if pyramid.any_size:
         for map_, level in zip(pyramid(torch.zeros(2, 3, *odd)), LEVELS, strict=True):
-            assert all(abs(want - got) <= 1 for want, got in zip(sides(odd, level), map_.shape[2:], strict=True))
+            assert all(abs(want - got) <= loss for want, got in zip(sides(odd, level), map_.shape[2:], strict=True))
     else:
         refused = [other for other in (odd, (size[0] + 5, size[1] + 3), (49, 147)) if not pyramid.takes(other)]
         with pytest.raises(UsageError, match=r"multiples of \d+|windows of its own size"):

@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -102,6 +103,63 @@ def attentions_in(model: nn.Module) -> tuple[str, ...]:
     names = {attention_spec(name).cls: name for name in list_attentions()}
     found = [names[type(m)] for m in model.modules() if isinstance(m, Attention) and type(m) in names]
     return tuple(dict.fromkeys(found))
+
+
+# Networks that take any mechanism: what timm builds, with which arguments. Small, but with the networks' numbers of
+# heads; real numbers start faster than those of the meta device.
+_SIZE: dict[str, Any] = {"img_size": 64, "num_classes": 5}
+_VIT: dict[str, Any] = {**_SIZE, "depth": 1, "embed_dim": 48}
+HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("zoo_vit_tiny_patch16_224", _VIT),
+    "vit without class token": ("zoo_vit_tiny_patch16_224", {**_VIT, "class_token": False, "global_pool": "avg"}),
+    "attention_resnet": (
+        "zoo_attention_resnet50",
+        {**_SIZE, "widths": (32,), "depths": (1,), "num_heads": (8,), "mixers": ("softmax",)},
+    ),
+    "swin windows": (
+        "zoo_swin_tiny_patch4_window7_224",
+        {**_SIZE, "embed_dim": 24, "depths": (2,), "num_heads": (3,)},
+    ),
+}
+
+
+def create_host(host: str, attn: str, **options: Any) -> nn.Module:
+    """The small network `host` of `HOSTS` with a mechanism in all places that attend, in Swin inside of its windows.
+
+    Args:
+        host: a key of `HOSTS`.
+        attn: name of the mechanism.
+        options: further arguments of the network, over those of `HOSTS`.
+
+    Raises:
+        UsageError: the mechanism does not work there; the message says why.
+    """
+    name, own = HOSTS[host]
+    if host == "swin windows" and not attention_spec(attn).wrapper:
+        options = {"attn": "shifted_window", "attn_options": {"inner": attn}, **options}
+    return timm.create_model(name, **{"attn": attn, **own, **options})
+
+
+def refusals(attn: str) -> dict[str, str | None]:
+    """Why each host of `HOSTS` refuses a mechanism, by the host's name; None where it works.
+
+    The tests train and evaluate every mechanism in every host that does not refuse it.
+    """
+    found: dict[str, str | None] = {}
+    for host in HOSTS:
+        try:
+            with torch.no_grad():
+                create_host(host, attn).eval()(torch.zeros(1, 3, 64, 64))
+            found[host] = None
+        except ValueError as error:  # some know only with the grid before them
+            found[host] = str(error)
+    return found
+
+
+def hosts_of(attn: str) -> str:
+    """The hosts in which a mechanism works, in words; the ViT without class token where only that works."""
+    works = [host for host, refusal in refusals(attn).items() if refusal is None]
+    return ", ".join(host for host in works if not ("vit" in works and host == "vit without class token")) or "none"
 
 
 def _build(name: str) -> nn.Module:

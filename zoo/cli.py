@@ -14,6 +14,7 @@ COMMANDS = {
     "test": ("zoo.commands.evaluate", "accuracy on the test split: zoo test --run NAME"),
     "predict": ("zoo.commands.predict", "name images:                zoo predict model.onnx IMAGES..."),
     "export": ("zoo.commands.export", "one file without torch:     zoo export RUN.ckpt model.onnx"),
+    "compare": ("zoo.commands.compare", "one budget for each of many: zoo compare --config compare/cifar10_attention"),
     "list": ("zoo.commands.listing", "what there is:              zoo list backbones|attentions|recipes [PATTERN]"),
     "info": ("zoo.commands.info", "facts about one of these:   zoo info zoo_vit_tiny_patch16_224"),
 }

@@ -7,10 +7,9 @@ import pytest
 import timm
 import torch
 
-from zoo.attention import attention_spec, create_attention, list_attentions, register_attention, with_defaults
-from zoo.attention.adapters import MapAdapter, TokensAdapter
-from zoo.attention.base import Attention
-from zoo.errors import UsageError
+from zoo.attention import attention_spec, create_attention, list_attentions
+
+from .loops import pairs_resized
 
 DIM = 32
 SIZES = [(1, 1), (7, 13), (14, 14)]
@@ -35,6 +34,37 @@ CASES = [(name, {}) for name in list_attentions()] + [
     ("halo", {"block_size": 3, "stride": 2}),
     ("lambda", {"intra_depth": 2, "kernel_size": 3, "stride": 2}),
     ("lambda", {"kernel_size": None, "num_heads": 2, "proj": False}),
+    ("grouped_query", {"kv_heads": 1}),
+    ("grouped_query", {"num_heads": 4, "kv_heads": 4}),
+    ("window", {"inner": "grouped_query", "rel_pos_bias": True, "window_size": 3}),
+    ("cross_window", {"inner": "grouped_query"}),
+    ("head_embedding", {"combine": "add"}),
+    ("shifted_window", {"inner": "super", "window_size": 5}),
+    ("shifted_window", {"inner": "persistent_memory", "window_size": 5}),
+    ("shifted_window", {"inner": "rela", "window_size": 5}),
+    ("shifted_window", {"inner": "normalized", "window_size": 5}),
+    ("normalized", {"gelu": False, "num_heads": 2}),
+    ("inverse_distance", {"power": 6.0, "learn_power": True}),
+    ("neural", {"width": 5, "num_heads": 2}),
+    ("efficient", {"normalisation": "scaling", "key_dim": 16, "value_dim": 40}),
+    ("hedgehog", {"qk_norm": True, "num_heads": 2}),
+    ("multi_token", {"query_kernel": 1, "key_kernel": 5, "head_group": 2, "norm": False}),
+    ("shifted_window", {"inner": "multi_token", "window_size": 5}),
+]
+CASES += [
+    ("sparse_strided", {"pattern": "union"}),
+    ("sparse_fixed", {"summary": "spaced"}),
+    ("multi_scale_window", {"layer_group": 0}),
+    ("moba", {"block_size": 3, "top_blocks": 2}),
+    ("window", {"inner": "moba", "rel_pos_bias": True}),
+    ("mosa", {"dense_heads": 2, "head_dim": 6}),
+    ("cross_window", {"inner": "mosa"}),
+    ("routing", {"local_heads": 0, "clusters": 3}),
+    ("routing", {"normalized": False, "window_size": 4}),
+    ("threshold_relative", {"distance": "euclidean"}),
+    ("relational", {"library_size": 9, "symmetric": True, "num_relations": 2}),
+    ("relational", {"relational_heads": 8, "num_heads": 8}),
+    ("shifted_window", {"inner": "relational", "rel_pos_bias": True}),
 ]
 IDS = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in CASES]
 each_case = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
@@ -51,7 +81,7 @@ OTHER = {
     "qk_dim": 8,
     "attn_drop": 0.5,
     "proj_drop": 0.5,
-    "block_size": 4,
+    "block_size": 5,
     "halo_size": 1,
     "stride": 2,
     "dim_head": 3,
@@ -67,11 +97,53 @@ OTHER = {
     "window_size": 3,
     "shift_size": 1,
     "stripe_width": 2,
+    "kv_heads": 1,
+    "combine": "add",
+    "slots": 3,
+    "reference_keys": 196,
+    "power": 4.0,
+    "eps": 0.5,
+    "width": 5,
+    "normalisation": "scaling",
+    "key_dim": 8,
+    "value_dim": 16,
+    "query_kernel": 1,
+    "key_kernel": 5,
+    "head_group": 2,
+}
+OTHER |= {
+    "pattern": "union",
+    "summary_size": 3,
+    "summary": "spaced",
+    "layer_group": 1,
+    "top_blocks": 2,
+    "head_dim": 6,
+    "sparsity": 3,
+    "dense_heads": 2,
+    "clusters": 3,
+    "local_heads": 1,
+    "distance": "euclidean",
+    "relational_heads": 2,
+    "num_relations": 2,
+    "max_offset": 2,
+    "library_size": 3,
 }
 # Rows of weights that may sum to less than 1: a small number in the normaliser. Their own tests say by how much.
 FALL_SHORT = {"focused_linear"}
+# A token that no head or cluster takes, and a query with nothing above the threshold, have rows of zeros.
+FALL_SHORT |= {"mosa", "routing", "threshold_relative"}
+# They choose tokens by comparison, and rounded inputs turn near ties round.
+CHOOSE = {"moba", "mosa", "routing", "threshold_relative"}
+# The rest of a row is memory's.
+FALL_SHORT |= {"persistent_memory"}
 # Affinities of any sign and sum.
 SIGNED = {"local_relation", "lambda"}
+SIGNED |= {"scaling", "multi_token", "rela", "rela_gated", "normalized"}
+
+
+def kinds(name, options):
+    """What a case is: its name, that of the mechanism inside, and what its options name."""
+    return {name, *(value for value in options.values() if isinstance(value, str))}
 
 
 def build(name, options, **framework):
@@ -84,6 +156,17 @@ def prefixes(name, options):
     # A wrapper puts prefix tokens into every window, where only a mechanism that mixes them can take them.
     mixed = not spec.wrapper or attention_spec({**spec.options, **options}["inner"]).prefix == "mix"
     return (0, 1) if spec.prefix != "refuse" and mixed else (0,)
+
+
+def assert_near_in_low_precision(name, options, got, want):
+    """bf16 keeps 8 bits of projections and values of order 1; the longest sum here is 91 values."""
+    if not {name, options.get("inner")} & CHOOSE:
+        torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+        return
+    # What one token of another choice changes is its share in a small group of them: a few answers, by a part.
+    apart = (got.float() - want).abs() > 0.05 + 0.05 * want.abs()
+    assert apart.float().mean() < 0.1
+    assert (got.float() - want).norm() < 0.2 * want.norm()
 
 
 def tokens(grid, prefix=0, batch=2, dtype=torch.float32, seed=2):
@@ -115,7 +198,9 @@ def test_tables_follow_the_grid(name, options):
             table = torch.randn(state[key].shape, generator=torch.Generator().manual_seed(7))
             state[key] = table
             small.load_state_dict({key: table}, strict=False)
-            if table.ndim == 4:  # a table of offsets, (2 * 7 - 1, 2 * 7 - 1, ...)
+            if table.ndim == 2:  # numbers for all pairs of places
+                state[key] = pairs_resized(table, (7, 7), (7, 13))
+            elif table.ndim == 4:  # a table of offsets, (2 * 7 - 1, 2 * 7 - 1, ...)
                 rows = timm.layers.resample_abs_pos_embed(table.view(1, 169, -1), [13, 25], [13, 13], 0)
                 state[key] = rows.view(value.shape)
             else:
@@ -210,9 +295,9 @@ def test_attention_map_rows_are_weights(name, options):
         rows, columns = attention.out_grid(grid)
         assert weights.shape[2:] == (prefix + rows * columns, weights.shape[3])
         sums = weights.sum(-1)
-        if {name, options.get("inner")} & SIGNED:
+        if kinds(name, options) & SIGNED:
             continue
-        if {name, options.get("inner")} & FALL_SHORT:
+        if kinds(name, options) & FALL_SHORT:
             assert weights.min() >= 0
             assert 0 < sums.max() <= 1 + 1e-5
             continue
@@ -227,10 +312,9 @@ def test_autocast_is_near_and_leaves_weights_in_float32(name, options, dtype):
     x = tokens(grid)
     with torch.autocast("cpu", dtype), torch.no_grad():
         out, weights = attention(x, grid), attention.attention_map(x, grid)
-    # As below: bf16 keeps 8 bits of projections and values of order 1.
-    torch.testing.assert_close(out.float(), attention(x, grid), rtol=0.05, atol=0.05)
+    assert_near_in_low_precision(name, options, out, attention(x, grid))
     assert weights.dtype == torch.float32
-    if not {name, options.get("inner")} & (SIGNED | FALL_SHORT):
+    if not kinds(name, options) & (SIGNED | FALL_SHORT):
         # Not rounded on the way: sums of 30 float32 weights.
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=1e-6, atol=2e-6)
 
@@ -249,8 +333,7 @@ def test_low_precision_is_finite_and_near(name, options, dtype):
     x = tokens(grid)
     low = copy.deepcopy(attention).to(dtype)(x.to(dtype), grid)
     assert low.dtype == dtype
-    # bf16 keeps 8 bits; the longest sum here is 91 values of order 1.
-    torch.testing.assert_close(low.float(), attention(x, grid), rtol=0.05, atol=0.05)
+    assert_near_in_low_precision(name, options, low, attention(x, grid))
     huge = copy.deepcopy(attention).to(dtype)(30 * x.to(dtype), grid)
     assert huge.isfinite().all()
 
@@ -298,98 +381,7 @@ def test_every_option_changes_something(name):
         assert not same_state or outs[0].shape != outs[1].shape or not torch.allclose(*outs, atol=1e-5), option
 
 
-def test_unknown_names_and_options_help():
-    with pytest.raises(UsageError, match="Did you mean 'softmax'"):
-        create_attention("sofmax", DIM)
-    with pytest.raises(UsageError, match=r"'num_head'.*Did you mean 'num_heads'"):
-        create_attention("softmax", DIM, num_head=4)
-    with pytest.raises(UsageError, match=r"num_heads.*Valid: "):
-        create_attention("uniform", DIM, num_heads=4)
-    with pytest.raises(UsageError, match="layout"):
-        create_attention("softmax", DIM, layout="nchw")
-    with pytest.raises(UsageError, match="prefix"):
-        create_attention("softmax", DIM, layout="map", num_prefix_tokens=1)
-    with pytest.raises(UsageError, match="unknown attention 'sofmax'"):
-        create_attention("window", DIM, inner="sofmax")
-    with pytest.raises(ValueError, match=r"num_heads=5.*valid: "):
-        create_attention("softmax", DIM, num_heads=5)
-    with pytest.raises(UsageError, match="window_size"):
-        create_attention("window", DIM, window_size=0)
-    with pytest.raises(UsageError, match="window_size"):
-        create_attention("window", DIM, window_size=2.5)
-    with pytest.raises(UsageError, match="stripe_width"):
-        create_attention("cross_window", DIM, stripe_width=(3, 5))
-    with pytest.raises(UsageError, match="smaller than the window"):
-        create_attention("shifted_window", DIM, window_size=4, shift_size=4)
-    with pytest.raises(ValueError, match=r"do not fill a grid"):
-        create_attention("window", DIM)(tokens((7, 13)), (7, 12))
-
-
 @pytest.mark.parametrize("name", [name for name in list_attentions() if attention_spec(name).wrapper])
 def test_tokens_of_no_known_grid_are_refused(name):
     with pytest.raises(ValueError, match="pass grid="):
         build(name, {})(tokens((7, 13)))
-
-
-def test_registering_checks_the_facts():
-    class Plain(Attention):
-        def __init__(self, dim, *, width=3, grid_size=(14, 14), num_prefix_tokens=0):
-            super().__init__(dim)
-
-    class Swallows(Attention):
-        def __init__(self, dim, **options):
-            super().__init__(dim)
-
-    facts = {"paper": "none", "cost": "0"}
-    with pytest.raises(ValueError, match="registered already"):
-        register_attention("softmax", prefix="mix", supports=("prefix",), **facts)(Plain)
-    with pytest.raises(ValueError, match=r"\*\*kwargs"):
-        register_attention("swallows", prefix="refuse", **facts)(Swallows)
-    with pytest.raises(ValueError, match="does not agree"):
-        register_attention("mixed", prefix="mix", **facts)(Plain)
-    assert "mixed" not in list_attentions()
-
-
-def test_defaults_of_a_host_reach_the_mechanism_inside():
-    defaults = {"num_heads": 4, "qkv_bias": False, "unheard_of": 1}
-    assert with_defaults("softmax", {"qkv_bias": True}, defaults) == {"num_heads": 4, "qkv_bias": True}
-    merged = with_defaults("window", {"window_size": 3}, defaults)
-    assert merged == {"window_size": 3, "inner_options": {"num_heads": 4, "qkv_bias": False}}
-    with pytest.raises(UsageError, match="num_head"):
-        create_attention("window", DIM, **with_defaults("window", {"inner_options": {"num_head": 2}}, defaults))
-
-
-class _Doubles(Attention):
-    """A mechanism that lives in maps and refuses masks, to test the adapters alone."""
-
-    layout = "map"
-
-    def forward(self, x, grid=None, key_mask=None, bias=None):
-        return 2 * x
-
-
-class _Shows(Attention):
-    """Returns its input, so that a test sees which memory the adapters hand on."""
-
-    def forward(self, x, grid=None, key_mask=None, bias=None):
-        return x
-
-
-def test_channels_last_maps_and_tokens_are_views():
-    x = torch.randn(2, DIM, 5, 6).contiguous(memory_format=torch.channels_last)
-    out = MapAdapter(_Shows(DIM))(x)
-    assert out.data_ptr() == x.data_ptr()
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    shows = _Shows(DIM)
-    shows.layout = "map"
-    t = torch.randn(2, 30, DIM)
-    out = TokensAdapter(shows)(t, (5, 6))
-    assert out.data_ptr() == t.data_ptr()
-    assert out.is_contiguous()
-
-
-def test_prefix_tokens_pass_a_native_map_unchanged():
-    x = torch.randn(2, 1 + 30, DIM)
-    out = TokensAdapter(_Doubles(DIM), num_prefix_tokens=1)(x, (5, 6))
-    assert torch.equal(out[:, :1], x[:, :1])
-    assert torch.equal(out[:, 1:], 2 * x[:, 1:])

@@ -222,10 +222,17 @@ def test_shifted_windows_are_timms_swin_block():
     torch.testing.assert_close(ours(x, (6, 6)), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["softmax", "uniform"])
+COUNTED = (
+    *("softmax", "uniform", "grouped_query", "head_embedding", "optimised", "efficient_params", "super"),
+    *("rela", "rela_gated", "normalized", "persistent_memory", "selective", "inverse_distance", "neural"),
+    *("multi_token", "hedgehog", "efficient"),
+)
+
+
+@pytest.mark.parametrize("name", COUNTED)
 def test_declared_cost_is_what_is_computed(name):
     count, dim = 10, 32
-    attention = create_attention(name, dim, num_prefix_tokens=0)
+    attention = create_attention(name, dim, grid_size=(2, 5))
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        attention(torch.randn(1, count, dim, requires_grad=True))
+        attention(torch.randn(1, count, dim, requires_grad=True), (2, 5))
     assert counter.get_total_flops() / 2 == eval(attention_spec(name).cost, {"N": count, "C": dim})

@@ -123,6 +123,14 @@ def test_list_takes_a_pattern(zoo):
     ]
 
 
+def test_list_of_attentions_shows_cost_and_hosts(zoo):
+    columns, row = zoo("list", "attentions", "single_head").out.splitlines()
+    assert columns.split()[:2] == ["attention", "paper"]
+    for words in ("arXiv 2401.16456", "N**2*(16 + round(C/4.67))", "bias, key_mask"):
+        assert words in row
+    assert row.endswith("vit without class token, attention_resnet, swin windows")
+
+
 def test_counting_leaves_the_model_alone():
     model = timm.create_model("zoo_vit_tiny_patch16_224", depth=1, num_classes=2).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -147,6 +147,16 @@ def test_every_attention_exports(tmp_path, name):
     np.testing.assert_allclose(run(result.path, images), expected.numpy(), **NOISE)
 
 
+def test_blocks_that_share_a_map_export(tmp_path):
+    options = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    task = TinyTask("zoo_vit_tiny_patch16_224", (32, 48), attn_share=[[1, 2]], **options)
+    result = to_onnx(task, tmp_path / "m.onnx")
+    images = noise(3, 3, 32, 48)
+    with torch.no_grad():
+        expected = task.inference(torch.from_numpy(images))
+    np.testing.assert_allclose(run(result.path, images), expected.numpy(), **NOISE)
+
+
 class Folding(nn.Module):
     """Two branches that `fuse` folds into one."""
 

@@ -1,6 +1,7 @@
 """The contract that every attention mechanism keeps, and the small pieces that several of them share."""
 
 import math
+from typing import Any
 
 import torch
 from timm.models import register_notrace_module
@@ -34,6 +35,8 @@ class Attention(nn.Module):
     """
 
     layout: str = "tokens"
+    # Names of own parameters, besides vectors, that weight decay would pull from where they start for a reason.
+    undecayed: tuple[str, ...] = ()
 
     def __init__(self, dim: int, dim_out: int | None = None, grid_size: Grid = (14, 14), num_prefix_tokens: int = 0):
         super().__init__()
@@ -46,9 +49,20 @@ class Attention(nn.Module):
         """The grid (H', W') of the answer to a grid (H, W): the same unless the mechanism has a stride."""
         return grid
 
+    def complete(self, state: dict[str, Any], prefix: str) -> None:
+        """Adds to a state of weights, under names that begin with `prefix`, what may keep its start: nothing."""
+
     def attention_map(self, x: Tensor, grid: Grid | None = None) -> Tensor:
         """The weights (B, heads, queries, keys), explicit or implied, that the mechanism gives to x; for looking."""
         raise NotImplementedError(f"{type(self).__name__} has no attention map")
+
+    def head_layers(self) -> list[tuple[nn.Module, int]]:
+        """Layers whose input is what heads answer, side by side in its channels, each with the number of these heads.
+
+        This is where a head is masked. Without heads there are none; those of mechanisms inside are their own.
+        """
+        heads, proj = getattr(self, "num_heads", 0), getattr(self, "proj", None)
+        return [(proj, heads)] if heads and isinstance(proj, nn.Module) else []
 
     def token_grid(self, x: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
         """The grid of tokens x (B, P + H*W, C): as given, else `grid_size` where it fits, else a square.
@@ -70,6 +84,15 @@ class Attention(nn.Module):
                 f"{height} x {width}; pass grid=(H, W) with H*W = {count}"
             )
         return height, width
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Names, within a model, of the parameters of mechanisms that are not to decay; for `no_weight_decay`."""
+    found = set()
+    for place, module in model.named_modules():
+        if isinstance(module, Attention):
+            found |= {f"{place}.{name}".lstrip(".") for name in module.undecayed}
+    return found & {name for name, _ in model.named_parameters()}
 
 
 def logit_bias(

@@ -22,6 +22,7 @@ from zoo.layers.position import TableResize
     supports=("key_mask", "prefix"),
     prefix="mix",
     cost="4*N*C**2 + 2*N*C**2/8 + 25*N*C",
+    fixed_grid=True,
 )
 class FocusedLinearAttention(Attention):
     """y_n = sum_m w_nm v_m + dwc(v)_n with w_nm = f(q_n) f(k_m) / sum_j f(q_n) f(k_j), then a projection.

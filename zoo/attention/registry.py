@@ -27,6 +27,10 @@ class AttentionSpec:
         supports: which of "key_mask", "bias" and "prefix" (prefix tokens that take part) forward accepts.
         prefix: what happens to prefix tokens: they "mix" with the others, "pass" unchanged, or it "refuse"s them.
         cost: multiplications and additions of one image with default options: N tokens, C channels.
+        forms_map: whether it stores numbers for all pairs of tokens, of which it then bounds the count.
+        fixed_grid: whether it has parameters made for `grid_size`, which it resizes to other grids.
+        confidence: "high", "medium" or "low": how surely this is the mechanism that the paper describes, on images;
+            the docstring of the module says what is not sure.
         wrapper: whether it composes another mechanism, given as `inner` and `inner_options`.
     """
 
@@ -38,11 +42,22 @@ class AttentionSpec:
     supports: frozenset[str]
     prefix: str
     cost: str
+    forms_map: bool
+    fixed_grid: bool
+    confidence: str
     wrapper: bool
 
 
 def register_attention(
-    name: str, *, paper: str, supports: Iterable[str] = (), prefix: str, cost: str
+    name: str,
+    *,
+    paper: str,
+    supports: Iterable[str] = (),
+    prefix: str,
+    cost: str,
+    forms_map: bool = False,
+    fixed_grid: bool = False,
+    confidence: str = "high",
 ) -> Callable[[type[Attention]], type[Attention]]:
     """Class decorator that makes a mechanism known as `name`.
 
@@ -55,6 +70,8 @@ def register_attention(
             raise ValueError(f"attention {name!r} is registered already, by {_SPECS[name].cls.__qualname__}")
         if prefix not in ("mix", "pass", "refuse"):
             raise ValueError(f"attention {name!r}: prefix={prefix!r}; valid: mix, pass, refuse")
+        if confidence not in ("high", "medium", "low"):
+            raise ValueError(f"attention {name!r}: confidence={confidence!r}; valid: high, medium, low")
         stray = set(supports) - {"key_mask", "bias", "prefix"}
         if stray or (prefix == "mix") != ("prefix" in set(supports)):
             raise ValueError(f"attention {name!r}: supports={sorted(supports)} does not agree with prefix={prefix!r}")
@@ -63,7 +80,18 @@ def register_attention(
             raise ValueError(f"attention {name!r}: its constructor swallows unknown options in **kwargs")
         options = {key: p.default for key, p in parameters.items() if key not in _FRAMEWORK}
         _SPECS[name] = AttentionSpec(
-            name, cls, paper, cls.layout, options, frozenset(supports), prefix, cost, wrapper="inner" in options
+            name,
+            cls,
+            paper,
+            cls.layout,
+            options,
+            frozenset(supports),
+            prefix,
+            cost,
+            forms_map,
+            fixed_grid,
+            confidence,
+            wrapper="inner" in options,
         )
         return cls
 

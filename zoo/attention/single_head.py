@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.attention._heads import check_map
 from zoo.attention.base import Attention, Grid, logit_bias, zero_without_keys
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
@@ -21,6 +22,7 @@ from zoo.layers.conv_norm import ConvNorm
     prefix="pass",
     # A part of round(C / 4.67) channels attends, with queries and keys of 16.
     cost="N*C**2 + N*round(C/4.67)*(32 + round(C/4.67)) + N**2*(16 + round(C/4.67))",
+    forms_map=True,
 )
 class SingleHeadAttention(Attention):
     """proj(relu([softmax(q k^T / sqrt(qk_dim)) v, x2])) with q, k, v of norm(x1); maps (B, dim, H, W) -> same shape.
@@ -34,7 +36,8 @@ class SingleHeadAttention(Attention):
         qk_dim: channels of queries and keys.
         grid_size, num_prefix_tokens: as `create_attention` takes them.
 
-    A masked key counts neither as a key nor for the norm, but in training it does for the statistics of BatchNorm.
+    Forms a map of N x N, bounded by `check_map`. A masked key counts neither as a key nor for the norm, but in training
+    it does for the statistics of BatchNorm.
     """
 
     layout = "map"
@@ -81,6 +84,8 @@ class SingleHeadAttention(Attention):
 
     def attend(self, x: Tensor, key_mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """float32 weights (B, H*W, H*W), and values (B, H*W, partial_dim)."""
+        count = x.shape[2] * x.shape[3]
+        check_map("single_head", x.shape[0], 1, count, count)
         cells = self.normalise(x[:, : self.partial_dim].permute(0, 2, 3, 1), key_mask)
         # A channels-last map, as the network around may be: tokens are views of what comes out.
         qkv = self.qkv(cells.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)

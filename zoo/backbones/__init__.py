@@ -16,11 +16,13 @@ from zoo.backbones import (
     vit_cb,
 )
 from zoo.backbones._build import CHECKPOINT_KEYS, UnfitWeightsError
+from zoo.backbones._vit_blocks import choose_attn_share
 
 __all__ = [
     "CHECKPOINT_KEYS",
     "UnfitWeightsError",
     "attention_resnet",
+    "choose_attn_share",
     "cswin",
     "halonet",
     "lambda_resnet",

@@ -10,6 +10,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
+from zoo.attention import Attention
 from zoo.errors import UsageError
 
 
@@ -65,6 +66,9 @@ def build(
 
     def fitted(content: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
         state = filter_fn(content, model)
+        for place, module in model.named_modules():
+            if isinstance(module, Attention):
+                module.complete(state, f"{place}.")
         # timm loads a file with another classifier loosely: what else does not fit would be left out in silence.
         problem = unfit(state, model)
         if problem:

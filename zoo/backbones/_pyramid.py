@@ -12,6 +12,7 @@ from timm.models import checkpoint, register_notrace_module
 from torch import Tensor, nn
 
 from zoo.attention import with_defaults
+from zoo.attention.base import undecayed
 from zoo.backbones._build import imagenet_cfg
 from zoo.backbones._staged import (
     StagedNetwork,
@@ -229,7 +230,8 @@ class Pyramid(StagedNetwork):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return tables | undecayed(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

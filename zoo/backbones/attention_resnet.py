@@ -14,6 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.attention import Attention, attention_spec, create_attention, with_defaults
+from zoo.attention.base import undecayed
 from zoo.backbones._build import build, imagenet_cfg, unwrap
 from zoo.backbones._checkpoint import rename
 from zoo.backbones._staged import MapStage, StagedNetwork, attention_per_stage, per_stage, stage_grids
@@ -215,7 +216,7 @@ class AttentionResNet(StagedNetwork):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         tables = ("relative_position_bias_table", "height_rel", "width_rel", "pos_emb")
-        return {name for name, _ in self.named_parameters() if name.endswith(tables)}
+        return {name for name, _ in self.named_parameters() if name.endswith(tables)} | undecayed(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

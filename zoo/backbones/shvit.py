@@ -14,6 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.attention import SingleHeadAttention, with_defaults
+from zoo.attention.base import undecayed
 from zoo.backbones._build import build, imagenet_cfg, unwrap
 from zoo.backbones._checkpoint import rename, stage_of
 from zoo.backbones._staged import (
@@ -193,7 +194,8 @@ class SHViT(StagedNetwork):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+        return tables | undecayed(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo.attention import attention_spec, with_defaults
+from zoo.attention.base import undecayed
 from zoo.backbones._build import build, imagenet_cfg, unwrap
 from zoo.backbones._checkpoint import rename, stage_of
 from zoo.backbones._pyramid import Embed
@@ -213,7 +214,7 @@ class UniFormer(StagedNetwork):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         tables = ("relative_position_bias_table", "cls_token")
-        return {name for name, _ in self.named_parameters() if name.endswith(tables)}
+        return {name for name, _ in self.named_parameters() if name.endswith(tables)} | undecayed(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -11,9 +11,6 @@ from typing import Any
 
 import torch
 from timm.layers import (
-    DropPath,
-    LayerScale,
-    Mlp,
     PatchEmbed,
     get_act_layer,
     get_norm_layer,
@@ -27,44 +24,14 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.attention import SoftmaxAttention, attention_spec, with_defaults
+from zoo.attention.base import undecayed
 from zoo.backbones._build import build, fit_positions, imagenet_cfg, unwrap
 from zoo.backbones._staged import attention_per_stage, check_num_classes, residual_attention
+from zoo.backbones._vit_blocks import Block, SharingBlock, can_share, check_spans, split_shared
 from zoo.errors import UsageError, unknown
-from zoo.layers.context_broadcast import ContextBroadcast
 from zoo.layers.position import TableResize
 
 __all__ = ["VisionTransformer"]
-
-
-class Block(nn.Module):
-    """Pre-norm transformer layer: x + attn(norm1(x)), x + cb(mlp(norm2(x))); tokens (B, P + H*W, C)."""
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module,
-        mlp_ratio: float = 4.0,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        init_values: float | None = None,
-        cb: str | None = None,
-        act_layer: Callable[..., nn.Module] = nn.GELU,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-    ):
-        super().__init__()
-        self.norm1 = norm_layer(dim)
-        self.attn = attn
-        self.ls1 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop)
-        self.cb = ContextBroadcast(dim, scaled=cb == "cbs") if cb else nn.Identity()
-        self.ls2 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
-        return x + self.drop_path2(self.ls2(self.cb(self.mlp(self.norm2(x)))))
 
 
 class VisionTransformer(nn.Module):
@@ -78,6 +45,8 @@ class VisionTransformer(nn.Module):
         patch_size: side, or (height, width), of a patch.
         attn: attention by name, one for all blocks or one a block; None is softmax attention.
         attn_options: options of the attention, of the same shape as `attn`.
+        attn_share: spans [first, last] of blocks, from 0, that share the map of their first; the others of a span have
+            no queries and keys. Only softmax attention is shared, and its map is kept in float32.
         cb: None, "cb" (Context Broadcasting) or "cbs" (with a learned scale).
         class_token: whether a class token is prepended; without it `global_pool` has to average.
         global_pool: "token", "avg", "avgmax", "max" or "" (tokens as they are).
@@ -105,6 +74,7 @@ class VisionTransformer(nn.Module):
         class_token: bool = True,
         attn: str | Sequence[str | None] | None = None,
         attn_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        attn_share: Sequence[Sequence[int]] | None = None,
         cb: str | None = None,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
@@ -150,20 +120,17 @@ class VisionTransformer(nn.Module):
         }
         names, options = attention_per_stage(attn, attn_options, depth, "blocks")
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                self._attention(name, of_block, defaults),
-                mlp_ratio,
-                proj_drop=proj_drop_rate,
-                drop_path=rate,
-                init_values=init_values,
-                cb=cb,
-                act_layer=act_layer,
-                norm_layer=norm_layer,
-            )
-            for rate, name, of_block in zip(rates, names, options, strict=True)
-        )
+        self.leaders = check_spans(attn_share, depth)
+        self.blocks = nn.ModuleList()
+        for index, (rate, name, of_block) in enumerate(zip(rates, names, options, strict=True)):
+            attention = self._attention(name, of_block, defaults)
+            rest = (mlp_ratio, proj_drop_rate, rate, init_values, cb, act_layer, norm_layer)
+            if index in self.leaders:
+                leads = self.leaders[index] == index
+                softmax = can_share(attention, index, None if leads else self.blocks[self.leaders[index]])
+                self.blocks.append(SharingBlock(embed_dim, softmax, leads, *rest))
+            else:
+                self.blocks.append(Block(embed_dim, attention, *rest))
         reduction = max(self.patch_size)
         self.feature_info = [
             {"module": f"blocks.{index}", "num_chs": embed_dim, "reduction": reduction} for index in range(depth)
@@ -208,7 +175,7 @@ class VisionTransformer(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
-        return {"pos_embed", "cls_token"} | tables
+        return {"pos_embed", "cls_token"} | tables | undecayed(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -257,11 +224,13 @@ class VisionTransformer(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> tokens (B, P + h*w, C) after the last norm."""
         x, grid = self.embed(x)
+        weights: Tensor | None = None
         for block in self.blocks:
+            weights = block.shared(x, weights)
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, grid)
+                x = checkpoint(block, x, grid, weights)
             else:
-                x = block(x, grid)
+                x = block(x, grid, weights)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -301,11 +270,12 @@ class VisionTransformer(nn.Module):
             raise unknown("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.blocks), indices)
         x, grid = self.embed(x)
-        taken = []
+        taken, weights = [], None
         for index, block in enumerate(self.blocks):
             if index > last and stop_early:
                 break
-            x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
+            weights = block.shared(x, weights)
+            x = checkpoint(block, x, grid, weights) if self.grad_checkpointing else block(x, grid, weights)
             if index in take:
                 taken.append(self.norm(x) if norm else x)
         return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
@@ -365,7 +335,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: VisionTransformer
         elif key.startswith("norm.") and isinstance(model.norm, nn.Identity):
             key = f"fc_{key}"
         out[key] = value
-    return out
+    return split_shared(out, model.leaders)
 
 
 def cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:

@@ -62,6 +62,9 @@ def _attention(name: str) -> list[tuple[str, str]]:
         ("supports", ", ".join(sorted(spec.supports)) or "neither key_mask, bias nor prefix tokens"),
         ("prefix tokens", prefix),
         ("operations", spec.cost),
+        ("map of N x N", "formed, so memory bounds the batch" if spec.forms_map else "not formed"),
+        ("other grids", "by resizing its parameters" if spec.fixed_grid else "as they are"),
+        ("confidence", spec.confidence),
         ("wraps another", "yes: inner, inner_options" if spec.wrapper else "no"),
         ("use it as", f"--model.attn {name}"),
     ]

@@ -47,11 +47,11 @@ def _backbones(pattern: str | None) -> Table:
 
 def _attentions(pattern: str | None) -> Table:
     from zoo.attention import attention_spec, list_attentions
-    from zoo.catalogue import match
+    from zoo.catalogue import hosts_of, match
 
     specs = [attention_spec(name) for name in match(pattern, list_attentions())]
-    rows = [(s.name, s.paper, s.layout, s.prefix, ", ".join(sorted(s.supports)) or "-") for s in specs]
-    return ("attention", "paper", "layout", "prefix tokens", "supports"), rows
+    rows = [(s.name, s.paper, s.cost, ", ".join(sorted(s.supports)) or "-", hosts_of(s.name)) for s in specs]
+    return ("attention", "paper", "multiply-adds for N tokens of C channels", "supports", "tried in"), rows
 
 
 def _recipes(pattern: str | None) -> Table:
