@@ -118,13 +118,13 @@ def _palette(data: LightningDataModule) -> list[list[int]]:
 
 
 def _img_size(data: Any) -> Any:
-    # Networks that see crops are made for the size of those.
-    options = data.init_args
+    # Networks that see crops are made for the size of those. A recipe without data is told so later.
+    options = data.init_args if data is not None else {}
     return options.crop_size if "crop_size" in options else options.get("img_size")
 
 
 def _ignore_index(data: Any) -> int:
-    return data.init_args.get("ignore_index", 255)
+    return data.init_args.get("ignore_index", 255) if data is not None else 255
 
 
 def _seed(seed: bool | int) -> int:
