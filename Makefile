@@ -67,7 +67,7 @@ quickstart-segmentation: $(USER_READY)
 	$(ZOO) fit --config segmentation/quickstart --run quickstart-segmentation
 	@echo "--- the best weights once more, over the 16 images that it never learned from"
 	$(ZOO) validate --run quickstart-segmentation
-	@$(PYTHON) -c 'import json, sys; miou = json.load(open("$(SEGMENTER)/record.json"))["val"]["miou"]; sys.exit(f"mIoU {miou:.2%} is below 33 %" if miou < 0.33 else 0)'
+	@$(PYTHON) -c 'import json, sys; miou = json.load(open("$(SEGMENTER)/record.json"))["val"]["miou"]; sys.exit(f"mIoU {miou:.2%} is below 28 %" if miou < 0.28 else 0)'
 	@echo "--- one file that needs no torch: images of any size in, a class for every pixel out"
 	$(ZOO) export quickstart-segmentation $(SEGMENTER)/model.onnx
 	$(ZOO) predict $(SEGMENTER)/model.onnx $(SCENES) --out $(SEGMENTER)/predictions
