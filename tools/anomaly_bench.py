@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,8 +51,11 @@ DIRECTIONS = {"normalize": True, "bank_size": 8000}
 BEST = DIRECTIONS | {"neighbours": 5}
 LARGER = {"img_size": 448, "layers": [2, 3]}
 
-# Levels of the backbone: 1 has reduction 4, 2 has 8, 3 has 16, 4 has 32. `memory_bank_224` is what the peer measured:
-# PatchCore as published, but for the weight of the score, which changed nothing on val.
+# anomalib normalises images so for every backbone; this one was trained with another mean and half the contrast.
+IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+
+# Levels of the backbone: 1 has reduction 4, 2 has 8, 3 has 16, 4 has 32. `memory_bank_224_imagenet` is what the peer
+# measured: PatchCore as published, but for the weight of the score, which changed nothing on val.
 CONFIGS: dict[str, dict[str, Any]] = {
     "memory_bank_224": {"method": "memory_bank", "layers": [2, 3], "img_size": 224, "head_options": {}},
     "memory_bank_224_directions": {
@@ -59,6 +63,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layers": [2, 3],
         "img_size": 224,
         "head_options": BEST | {"top": 0.005},
+    },
+    "memory_bank_224_imagenet": {
+        "method": "memory_bank",
+        "layers": [2, 3],
+        "img_size": 224,
+        "head_options": {},
+        **IMAGENET,
+    },
+    "memory_bank_224_directions_imagenet": {
+        "method": "memory_bank",
+        "layers": [2, 3],
+        "img_size": 224,
+        "head_options": BEST | {"top": 0.005},
+        **IMAGENET,
+    },
+    "memory_bank_448_best_imagenet": {
+        "method": "memory_bank",
+        **LARGER,
+        "head_options": BEST | {"top": 0.002},
+        **IMAGENET,
     },
     "memory_bank_448": {"method": "memory_bank", **LARGER, "head_options": {"bank_size": 8000}},
     "memory_bank_448_directions": {"method": "memory_bank", **LARGER, "head_options": DIRECTIONS},
@@ -137,7 +161,7 @@ def data_module(config: dict[str, Any], folder: Path, seed: int) -> Any:
 def detector_of(config: dict[str, Any], weights: str) -> Any:
     from zoo.heads import create_detector
 
-    return create_detector(
+    detector = create_detector(
         config["method"],
         BACKBONE,
         layers=config["layers"],
@@ -145,6 +169,8 @@ def detector_of(config: dict[str, Any], weights: str) -> Any:
         pretrained=weights,
         **config["head_options"],
     )
+    detector.mean, detector.std = list(config.get("mean", detector.mean)), list(config.get("std", detector.std))
+    return detector
 
 
 def normalised(detector: Any, images: Tensor, device: str) -> Tensor:

@@ -100,6 +100,7 @@ OTHER = {
     "qk_dim": 8,
     "class_token": False,
     "attn": "uniform",
+    "attn_share": ((0, 1),),
     "attn_options": {
         "zoo_shvit_*": {"qk_dim": 8},
         "zoo_halonet*": {"halo_size": 1},
