@@ -54,8 +54,8 @@ LARGER = {"img_size": 448, "layers": [2, 3]}
 # anomalib normalises images so for every backbone; this one was trained with another mean and half the contrast.
 IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
-# Levels of the backbone: 1 has reduction 4, 2 has 8, 3 has 16, 4 has 32. `memory_bank_224` is PatchCore as published, but
-# for the weight of the score, which changed nothing on val.
+# Levels of the backbone: 1 has reduction 4, 2 has 8, 3 has 16, 4 has 32. `memory_bank_224` is PatchCore as published,
+# but for the weight of the score, which changed nothing on val.
 CONFIGS: dict[str, dict[str, Any]] = {
     "memory_bank_224": {"method": "memory_bank", "layers": [2, 3], "img_size": 224, "head_options": {}},
     "memory_bank_224_directions": {
