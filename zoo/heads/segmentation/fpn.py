@@ -23,8 +23,8 @@ class FPN(SegmentationHead):
         channels: of the maps.
         num_classes: of the logits.
         pyramid_channels: width of the joined maps.
-        hidden_channels: width of the climb, a multiple of the 32 groups of its norm; with 32 every group is one channel,
-            and a map of 1 x 1 has nothing to norm it by.
+        hidden_channels: width of the climb, a multiple of the 32 groups of its norm; with 32 every group is one
+            channel, and a map of 1 x 1 has nothing to norm it by.
         dropout: of whole channels before the classifier.
 
     Raises:
