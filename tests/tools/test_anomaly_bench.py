@@ -124,9 +124,9 @@ def test_the_kept_page_is_what_the_kept_records_say():
 @pytest.mark.parametrize(
     "spelling",
     [
-        ["--data", "/home/me/tiles", "--weights", "/tmp/w.safetensors", "--out", "/a/b"],
-        ["--data=/home/me/tiles", "--weights=/tmp/w.safetensors", "--out=/a/b"],
-        ["--dat", "/home/me/tiles", "--weigh=/tmp/w.safetensors", "--ou", "/a/b", "--device", "cpu"],
+        ["--data", "/some/where/tiles", "--weights", "/some/where/w.safetensors", "--out", "/a/b"],
+        ["--data=/some/where/tiles", "--weights=/some/where/w.safetensors", "--out=/a/b"],
+        ["--dat", "/some/where/tiles", "--weigh=/some/where/w.safetensors", "--ou", "/a/b", "--device", "cpu"],
     ],
 )
 def test_no_path_of_a_machine_is_kept(spelling):
