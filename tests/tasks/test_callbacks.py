@@ -24,6 +24,14 @@ def run(tiny, tmp_path):
     return tmp_path, trainer, task, data
 
 
+def assert_speed(record, images):
+    """Both are rounded: the seconds, of which a tiny run takes few, to hundredths and the images a second to tenths."""
+    seconds = record["train_seconds"]
+    assert seconds > 0.005
+    low, high = images / (seconds + 0.005), images / (seconds - 0.005)
+    assert low - 0.1 < record["images_per_second"] < high + 0.1
+
+
 def test_the_record_holds_the_facts(run, monkeypatch):
     folder, trainer, task, data = run
     record = json.loads((folder / "record.json").read_text())
@@ -36,7 +44,7 @@ def test_the_record_holds_the_facts(run, monkeypatch):
     assert record["parameters"] == sum(p.numel() for p in task.backbone.parameters())
     assert torch.__version__.startswith(record["versions"]["torch"])
     assert set(record["versions"]) == {"torch", "timm", "lightning", "python", "attnzoo"}
-    assert record["images_per_second"] == pytest.approx(48 / record["train_seconds"], rel=0.05)
+    assert_speed(record, images=48)
     assert record["peak_memory_gb"] > 0.05
     assert record["skipped_images"] == 2
     assert record["val"]["images"] == 9
@@ -87,7 +95,7 @@ def test_seconds_and_images_survive_a_resume(tiny, tmp_path):
     tiny.trainer(tmp_path, callbacks).fit(tiny.task(), datamodule=tiny.Data(), ckpt_path=str(path))
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["train_seconds"] > saved["seconds"]
-    assert record["images_per_second"] * record["train_seconds"] == pytest.approx(18 * 4, rel=0.05)
+    assert_speed(record, images=18 * 4)
 
 
 def test_collects_confusions_and_the_most_confident_mistakes():
