@@ -187,6 +187,16 @@ def test_a_budget_of_multiply_adds_is_a_number_of_steps(zoo, plan_file, in_proce
     assert json.loads((tmp_path / "runs" / "small" / "uniform-seed0" / "record.json").read_text())["steps"] == 3
 
 
+def test_a_network_that_cannot_be_counted_is_one_failed_entry(zoo, plan_file, in_process):
+    wrong = {"model": {"init_args": {"attn": "softmax", "attn_options": {"num_heads": 3}}}}
+    done = zoo(
+        "compare", "--config", str(plan_file(attentions=["uniform"], entries={"wrong": wrong}, budget={"gmacs": 1e-4}))
+    )
+    assert done.status == 0, done.err
+    assert "num_heads=3 does not divide 16" in done.out
+    assert "uniform, seed 0: " in done.out
+
+
 def test_multiply_adds_are_those_of_the_network(images):
     """One block of width 16 on 16 x 16 pixels in patches of 8: 4 tokens and the class token, by hand."""
     patches, tokens, width = 4, 5, 16
