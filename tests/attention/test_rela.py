@@ -36,6 +36,15 @@ def test_equals_the_loop(name, mask):
     torch.testing.assert_close(attention(x, key_mask=mask, bias=bias[None])[0], with_bias, **EXACT)
 
 
+def test_a_masked_key_is_nothing_however_large_its_product():
+    for name in ("rela", "rela_gated"):
+        attention, x = make(name), 300 * image()
+        want = answer(attention, x[0], "gated" in name, SEEN[0])
+        q, k, _ = (heads(part) for part in project(attention.qkv, x[0], DIM, DIM, DIM))
+        assert products(q[0], k[0]).max() > 3e4
+        torch.testing.assert_close(attention(x, key_mask=SEEN)[0], want, **EXACT)
+
+
 def test_the_scale_of_queries_is_cosmetic_without_a_gate():
     for name in ("rela", "rela_gated"):
         attention, x = make(name), image()

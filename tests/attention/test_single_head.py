@@ -140,3 +140,18 @@ def test_declared_cost_is_what_is_computed():
     with FlopCounterMode(display=False) as counter:
         attention(torch.randn(1, 32, 2, 5))
     assert counter.get_total_flops() / 2 == eval(attention_spec("single_head").cost, {"N": 10, "C": 32, "round": round})
+
+
+def test_a_bias_over_all_tokens_leaves_out_prefix_tokens_that_pass():
+    torch.manual_seed(3)
+    alone, beside = (create_attention("single_head", 32, num_prefix_tokens=count).eval() for count in (0, 2))
+    beside.attn.load_state_dict(alone.attn.state_dict())
+    x, bias = torch.randn(2, 14, 32), 5 * torch.randn(1, 1, 14, 14)
+    want = alone(x[:, 2:], (3, 4), bias=bias[:, :, 2:, 2:])
+    torch.testing.assert_close(beside(x, (3, 4), bias=bias)[:, 2:], want, rtol=1e-5, atol=1e-5)
+    weights = beside.attention_map(x, (3, 4), bias=bias)[:, :, 2:, 2:]
+    want = alone.attention_map(x[:, 2:], (3, 4), bias=bias[:, :, 2:, 2:])
+    torch.testing.assert_close(weights, want, rtol=1e-5, atol=1e-6)
+    # One number for every key, whatever the query.
+    want = alone(x[:, 2:], (3, 4), bias=bias[:, :, :1, 2:])
+    torch.testing.assert_close(beside(x, (3, 4), bias=bias[:, :, :1])[:, 2:], want, rtol=1e-5, atol=1e-5)

@@ -137,6 +137,23 @@ def test_with_endless_decay_and_no_key_of_its_own_it_is_the_nearest_ring():
     assert weights[:, ~ring].max() == 0
 
 
+def test_no_decay_however_large_brings_back_a_key_below_the_threshold():
+    """A key of nobody's own, nearer than all that are kept, counts none of them, so no decay moves it."""
+    attention, x = make("threshold_relative"), image(15)
+    decay_to(attention, -1e6)
+    scores, v = logits_of(attention, x[0])
+    heads = []
+    for a, score in enumerate(scores):
+        assert (score.diagonal() <= 0).any()
+        rows = []
+        for i, row in enumerate(score):
+            far = [chebyshev(cells((3, 5))[i], place) if row[j] > 0 else 99 for j, place in enumerate(cells((3, 5)))]
+            nearest = [j for j, distance in enumerate(far) if distance == min(far) < 99]
+            rows.append(row[nearest].softmax(dim=0) @ v[a][nearest] if nearest else torch.zeros_like(v[a][0]))
+        heads.append(torch.stack(rows))
+    torch.testing.assert_close(attention(x, (3, 5))[0], answer(attention, heads), **EXACT)
+
+
 def test_a_query_without_keys_answers_the_bias_of_the_projection():
     attention = make("threshold_relative")
     bias = attention.qkv.bias.data.view(3, 4, 4)

@@ -11,7 +11,8 @@ import yaml
 
 from zoo.cli import main
 from zoo.commands import compare
-from zoo.commands.compare_report import cells, labels, markdown, rows_of
+from zoo.commands.compare_plot import arrange, box_of, labels
+from zoo.commands.compare_report import cells, markdown, rows_of
 from zoo.commands.comparison import merged, read_plan
 from zoo.errors import UsageError
 
@@ -109,6 +110,27 @@ def test_points_at_one_place_share_a_label():
     assert labels([1.0, 1.0], [2.0, 2.0]) == [((1.0, 2.0), "1, 2")]
 
 
+def overlapping(one, other):
+    return min(one[2], other[2]) - max(one[0], other[0]) > 1e-6 and min(one[3], other[3]) - max(one[1], other[1]) > 1e-6
+
+
+def test_numbers_of_points_in_a_crowd_stay_apart():
+    """30 dots in a corner of 80 x 100 points, where numbers above and beside their dots would lie on each other."""
+    points = [(7.0 + 16 * (n % 5) + n / 7, 190.0 - 16 * (n // 5)) for n in range(30)]
+    texts = [str(n + 1) for n in range(29)] + ["30, 31, 32"]
+    inside = (0.0, 0.0, 300.0, 200.0)
+    offsets = arrange(points, texts, points, inside)
+    boxes = [box_of((x + dx, y + dy), text) for (x, y), (dx, dy), text in zip(points, offsets, texts, strict=True)]
+    dots = [(x - 2, y - 2, x + 2, y + 2) for x, y in points]
+    for number, box in enumerate(boxes):
+        assert not any(overlapping(box, other) for other in (*boxes[:number], *dots))
+        assert box[0] >= 0
+        assert box[3] <= 200
+    # A number alone stands beside its dot, and where there is no room at all the place is still some place.
+    assert max(map(abs, arrange([(50.0, 50.0)], ["7"], [(50.0, 50.0)], inside)[0])) < 10
+    assert len(arrange([(5.0, 5.0)] * 9, ["88, 99"] * 9, [(5.0, 5.0)], (0.0, 0.0, 10.0, 10.0))) == 9
+
+
 @pytest.fixture
 def in_process(monkeypatch):
     """Runs entries in this process, and keeps their command lines."""
@@ -185,6 +207,16 @@ def test_a_budget_of_multiply_adds_is_a_number_of_steps(zoo, plan_file, in_proce
     done = zoo("compare", "--config", str(plan_file(attentions=["uniform"], budget={"gmacs": 3.5 * 8 * each})))
     assert done.status == 0, done.err
     assert json.loads((tmp_path / "runs" / "small" / "uniform-seed0" / "record.json").read_text())["steps"] == 3
+
+
+def test_a_network_that_cannot_be_counted_is_one_failed_entry(zoo, plan_file, in_process):
+    wrong = {"model": {"init_args": {"attn": "softmax", "attn_options": {"num_heads": 3}}}}
+    done = zoo(
+        "compare", "--config", str(plan_file(attentions=["uniform"], entries={"wrong": wrong}, budget={"gmacs": 1e-4}))
+    )
+    assert done.status == 0, done.err
+    assert "num_heads=3 does not divide 16" in done.out
+    assert "uniform, seed 0: " in done.out
 
 
 def test_multiply_adds_are_those_of_the_network(images):

@@ -67,14 +67,15 @@ def masked_softmax(logits: Tensor, key_mask: Tensor | None, bias: Tensor | None)
     return zero_without_keys(logits.softmax(dim=-1), key_mask)
 
 
-def sum_values(weights: Tensor, v: Tensor) -> Tensor:
-    """weights @ v for weights that need not sum to 1: in v's dtype, but in float32 where that is float16.
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b where nothing bounds it, of logits, or of weights that need not sum to 1: in b's dtype, but not in float16.
 
-    The values of float16 end where sums over thousands of tokens may go.
+    The values of float16 end where sums over thousands of tokens, or logits of large tokens, may go: it is float32
+    then.
     """
-    work = torch.float32 if v.dtype == torch.float16 else v.dtype
-    weights, v = weights.to(work), v.to(work)
-    return weights @ v if torch.jit.is_scripting() else _matmul(weights, v)
+    work = torch.float32 if b.dtype == torch.float16 else b.dtype
+    a, b = a.to(work), b.to(work)
+    return a @ b if torch.jit.is_scripting() else _matmul(a, b)
 
 
 @torch.jit.unused
@@ -149,7 +150,7 @@ class FusedAttention(HeadAttention):
     ) -> Tensor:
         """Weights (B, heads, queries, keys), float32 or wider."""
         q, k, _ = self.project(x, grid, key_mask)
-        return masked_softmax((q * self.scale) @ k.transpose(-2, -1), key_mask, bias)
+        return masked_softmax(product(q * self.scale, k.transpose(-2, -1)), key_mask, bias)
 
 
 class MapAttention(HeadAttention):

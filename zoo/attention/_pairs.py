@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention._heads import HeadAttention, check_map, split_heads
-from zoo.attention.base import MASKED, Grid
+from zoo.attention.base import MASKED, Grid, four_axes
 from zoo.kernels.precision import without_autocast
 
 
@@ -25,7 +25,7 @@ def pair_bias(allowed: Tensor, bias: Tensor | None, dtype: torch.dtype, masked: 
     """What to add to the logits of pairs `allowed` (broadcastable to (B, heads, queries, keys)) and of others."""
     if bias is None:
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, masked)
-    return bias.to(dtype).masked_fill(~allowed, masked)
+    return four_axes(bias).to(dtype).masked_fill(~allowed, masked)
 
 
 class PairAttention(HeadAttention):

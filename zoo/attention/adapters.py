@@ -83,11 +83,21 @@ class TokensAdapter(Attention):
         cells = x[:, prefix:] if prefix else x
         if key_mask is not None:
             key_mask = key_mask[:, prefix:]
+        bias = self.of_cells(bias)
         if self.native_map:
             out = map_to_tokens(self.attn(tokens_to_map(cells, grid), grid, key_mask=key_mask, bias=bias))
         else:
             out = self.attn(cells, grid, key_mask=key_mask, bias=bias)
         return torch.cat([x[:, :prefix], out], dim=1) if prefix else out
+
+    def of_cells(self, bias: Tensor | None) -> Tensor | None:
+        """What a bias over all tokens says of those that do not pass; one of a single query or key goes on as it is."""
+        prefix = self.num_prefix_tokens
+        if bias is None or prefix == 0:
+            return bias
+        if bias.shape[-1] > 1:
+            bias = bias[..., prefix:]
+        return bias[..., prefix:, :] if bias.dim() > 1 and bias.shape[-2] > 1 else bias
 
     def attention_map(
         self, x: Tensor, grid: Grid | None = None, key_mask: Tensor | None = None, bias: Tensor | None = None
@@ -95,7 +105,7 @@ class TokensAdapter(Attention):
         """Weights (B, heads, queries, keys); a prefix token, which passes, has all of its weight on itself."""
         grid, prefix = self.token_grid(x, grid), self.num_prefix_tokens
         cells = x[:, prefix:]
-        there = given(key_mask=None if key_mask is None else key_mask[:, prefix:], bias=bias)
+        there = given(key_mask=None if key_mask is None else key_mask[:, prefix:], bias=self.of_cells(bias))
         weights = self.attn.attention_map(tokens_to_map(cells, grid) if self.native_map else cells, grid, **there)
         weights = F.pad(weights, (prefix, 0, prefix, 0))
         weights[..., range(prefix), range(prefix)] = 1.0

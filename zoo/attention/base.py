@@ -95,12 +95,19 @@ def undecayed(model: nn.Module) -> set[str]:
     return found & {name for name, _ in model.named_parameters()}
 
 
+def four_axes(bias: Tensor) -> Tensor:
+    """A bias with all axes (B, heads, queries, keys): like every broadcast, one may leave out the first ones."""
+    while bias.dim() < 4:
+        bias = bias.unsqueeze(0)
+    return bias
+
+
 def logit_bias(
     key_mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype, masked: float = MASKED
 ) -> Tensor | None:
     """What to add to logits (B, heads, queries, keys) for a key mask (B or 1, keys) and a bias; None for nothing."""
     if bias is not None:
-        bias = bias.to(dtype)
+        bias = four_axes(bias).to(dtype)
     if key_mask is None:
         return bias
     blocked = ~key_mask[:, None, None, :]

@@ -7,7 +7,7 @@ module of the authors adds its input to the answer; here that is left to the net
 import torch
 from torch import Tensor, nn
 
-from zoo.attention._heads import join_heads, split_heads, sum_values
+from zoo.attention._heads import join_heads, product, split_heads
 from zoo.attention.base import MASKED, Attention, Grid, check_heads
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError, unknown
@@ -86,7 +86,7 @@ class EfficientAttention(Attention):
         if bias is not None:
             raise ValueError("attention 'efficient' has no logits, so it takes no bias; use 'softmax' for that")
         q, k, v = self.project(x, key_mask)
-        out = sum_values(q, sum_values(k.transpose(-2, -1), v)).to(v.dtype)
+        out = product(q, product(k.transpose(-2, -1), v)).to(v.dtype)
         return self.proj_drop(self.proj(join_heads(out)))
 
     def attention_map(
@@ -94,7 +94,7 @@ class EfficientAttention(Attention):
     ) -> Tensor:
         """Weights (B, heads, queries, keys) that forward implies, float32 or wider; with "scaling" of any sign."""
         q, k, _ = self.project(x, key_mask)
-        return sum_values(q, k.transpose(-2, -1))
+        return product(q, k.transpose(-2, -1))
 
     def project(self, x: Tensor, key_mask: Tensor | None, masked: float = MASKED) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised q and k (B, heads, N, d_k), float32 or wider, and v (B, heads, N, d_v)."""

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention._heads import FusedAttention, masked_softmax, split_heads
-from zoo.attention.base import Grid, logit_bias, zero_without_keys
+from zoo.attention._heads import FusedAttention, masked_softmax, product, split_heads
+from zoo.attention.base import Grid, four_axes, logit_bias, zero_without_keys
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
 
@@ -81,6 +81,7 @@ class GroupedQueryAttention(FusedAttention):
     def group_bias(self, key_mask: Tensor | None, bias: Tensor | None, q: Tensor) -> Tensor | None:
         """What is added to the logits of `group_queries`: (B or 1, kv_heads or 1, queries of a group or 1, keys)."""
         if bias is not None:
+            bias = four_axes(bias)
             shape = (bias.shape[0], self.num_heads, q.shape[2], bias.shape[3])
             bias = bias.expand(shape).unflatten(1, (self.kv_heads, -1)).flatten(2, 3)
         return logit_bias(key_mask, bias, q.dtype)
@@ -112,7 +113,7 @@ class GroupedQueryAttention(FusedAttention):
     ) -> Tensor:
         """Weights (B, num_heads, queries, keys), float32 or wider."""
         q, k, _ = self.project(x, grid, key_mask)
-        logits = (self.group_queries(q) * self.scale) @ k.transpose(-2, -1)
+        logits = product(self.group_queries(q) * self.scale, k.transpose(-2, -1))
         return masked_softmax(logits.reshape(q.shape[0], self.num_heads, q.shape[2], k.shape[2]), key_mask, bias)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.attention._heads import HeadAttention, check_map, masked_softmax, split_heads
+from zoo.attention._heads import HeadAttention, check_map, masked_softmax, product, split_heads
 from zoo.attention.base import MASKED, Grid, zero_without_keys
 from zoo.attention.registry import register_attention
 from zoo.kernels.precision import without_autocast
@@ -159,7 +159,7 @@ class HedgehogAttention(HeadAttention):
         """
         check_map("hedgehog", x.shape[0], self.num_heads, x.shape[1], x.shape[1])
         q, k, v = self.project(x)
-        teacher = masked_softmax((q * self.scale) @ k.transpose(-2, -1), key_mask, None)
+        teacher = masked_softmax(product(q * self.scale, k.transpose(-2, -1)), key_mask, None)
         loss = -(teacher.detach() * self.log_weights(q.detach(), k.detach(), key_mask)).sum(dim=-1).mean()
         return self.finish(teacher.to(v.dtype) @ v), loss
 

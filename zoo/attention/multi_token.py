@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention._heads import MapAttention, masked_softmax, sum_values
+from zoo.attention._heads import MapAttention, masked_softmax, product
 from zoo.attention.base import Grid
 from zoo.attention.depthwise import check_kernel
 from zoo.attention.registry import register_attention
@@ -97,7 +97,7 @@ class MultiTokenAttention(MapAttention):
         if bias is not None:
             raise ValueError("attention 'multi_token' takes no bias, which it would spread; use 'softmax' for that")
         grid = self.token_grid(q[:, 0], grid)
-        logits = (q * self.scale) @ k.transpose(-2, -1)
+        logits = product(q * self.scale, k.transpose(-2, -1))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if torch.jit.is_scripting():
             return self._mix(logits, grid, key_mask)
@@ -154,7 +154,7 @@ class MultiTokenAttention(MapAttention):
     ) -> Tensor:
         """x (B, P + H*W, dim) -> (B, P + H*W, dim_out); see `Attention` for the rest."""
         weights, v = self.attend(x, grid, key_mask, bias)
-        out = sum_values(self.attn_drop(weights), v).to(weights.dtype)
+        out = product(self.attn_drop(weights), v).to(weights.dtype)
         if self.gain is not None and self.gate is not None and self.gate_bias is not None:
             out = out * (out.square().mean(dim=-1, keepdim=True) + 1e-5).rsqrt() * self.gain
             out = out * ((out * self.gate).sum(dim=-1, keepdim=True) + self.gate_bias).sigmoid()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention._heads import MapAttention, join_heads, sum_values
+from zoo.attention._heads import MapAttention, join_heads, product
 from zoo.attention.base import MASKED, Grid
 from zoo.attention.registry import register_attention
 
@@ -78,9 +78,8 @@ class NormalizedAttention(MapAttention):
         """Weights (B, heads, N, N) of any sign, zero for masked keys."""
         if bias is not None:
             raise ValueError("attention 'normalized' takes no bias, which would move means; use 'softmax' for that")
-        # The factor keeps products inside float16 and is taken back after.
-        logits = (q * self.scale) @ k.transpose(-2, -1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.scale
+        logits = product(q, k.transpose(-2, -1))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # From the largest, whose place does not matter: equal logits become zeros, and their mean is exactly that.
         if key_mask is None:
             logits = logits - logits.detach().amax(dim=-1, keepdim=True)
@@ -108,7 +107,11 @@ class NormalizedAttention(MapAttention):
     ) -> Tensor:
         """x (B, P + H*W, dim) -> (B, P + H*W, dim_out); see `Attention` for the rest."""
         weights, v = self.attend(x, grid, key_mask, bias)
-        out = self.norm(join_heads(sum_values(weights, v)).to(self.norm.weight.dtype))
+        out = join_heads(product(weights, v))
+        # Sums of N weights of any sign: they enter the norm as wide as they come.
+        wide = torch.promote_types(out.dtype, torch.float32)
+        gain, offset = self.norm.weight.to(wide), self.norm.bias.to(wide)
+        out = F.layer_norm(out.to(wide), [self.dim_out], gain, offset, self.norm.eps).to(self.norm.weight.dtype)
         if key_mask is not None:
             # The norm's bias is no answer.
             out = out.masked_fill(~key_mask.any(dim=1)[:, None, None], 0.0)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention._heads import FusedAttention, masked_softmax, split_heads
-from zoo.attention.base import Grid, logit_bias, zero_without_keys
+from zoo.attention._heads import FusedAttention, masked_softmax, product, split_heads
+from zoo.attention.base import Grid, four_axes, logit_bias, zero_without_keys
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
 
@@ -84,7 +84,7 @@ class PersistentMemoryAttention(FusedAttention):
         if key_mask is not None:
             key_mask = torch.cat([key_mask, key_mask.new_ones(key_mask.shape[0], self.slots)], dim=1)
         if bias is not None:
-            bias = F.pad(bias.expand(-1, -1, -1, count), (0, self.slots))
+            bias = F.pad(four_axes(bias).expand(-1, -1, -1, count), (0, self.slots))
         return key_mask, bias
 
     def forward(
@@ -107,5 +107,5 @@ class PersistentMemoryAttention(FusedAttention):
         """Weights (B, heads, queries, keys) of the tokens, float32 or wider; what a row lacks to 1 is memory's."""
         q, k, _ = self.project(x, grid, key_mask)
         key_mask, bias = self.beside(key_mask, bias, x.shape[1])
-        weights = masked_softmax((q * self.scale) @ k.transpose(-2, -1), key_mask, bias)
+        weights = masked_softmax(product(q * self.scale, k.transpose(-2, -1)), key_mask, bias)
         return weights[..., : x.shape[1]]

@@ -8,8 +8,8 @@ random.
 import torch
 from torch import Tensor, nn
 
-from zoo.attention._heads import MapAttention, join_heads, sum_values
-from zoo.attention.base import Grid, logit_bias
+from zoo.attention._heads import MapAttention, join_heads, product
+from zoo.attention.base import Grid
 from zoo.attention.registry import register_attention
 
 _PAPER = "Sparse Attention with Linear Units, arXiv 2104.07012"
@@ -42,12 +42,11 @@ class _Rectified(MapAttention):
         self, q: Tensor, k: Tensor, grid: tuple[int, int] | None, key_mask: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """Weights (B, heads, N, N), none below zero, of any sum."""
-        logits = (q * self.scale) @ k.transpose(-2, -1)
+        logits = product(q * self.scale, k.transpose(-2, -1))
         wide = torch.promote_types(logits.dtype, torch.float32)
         logits = logits.to(wide)
-        # What masks a key is far below zero, so ReLU makes it zero.
-        added = logit_bias(key_mask, bias, wide)
-        return (logits if added is None else logits + added).relu()
+        weights = (logits if bias is None else logits + bias.to(wide)).relu()
+        return weights if key_mask is None else weights.masked_fill(~key_mask[:, None, None, :], 0.0)
 
     def normalise(self, z: Tensor) -> Tensor:
         """RMSNorm of z (B, N, C), float32 or wider."""
@@ -55,7 +54,7 @@ class _Rectified(MapAttention):
 
     def gather(self, weights: Tensor, v: Tensor) -> Tensor:
         """The weighted sums z (B, N, C), float32 or wider."""
-        return join_heads(sum_values(self.attn_drop(weights), v)).to(weights.dtype)
+        return join_heads(product(self.attn_drop(weights), v)).to(weights.dtype)
 
 
 @register_attention(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention._heads import join_heads, masked_softmax, split_heads
+from zoo.attention._heads import join_heads, masked_softmax, product, split_heads
 from zoo.attention._pairs import places
 from zoo.attention.base import Attention, Grid, check_heads, logit_bias, zero_without_keys
 from zoo.attention.registry import register_attention
@@ -184,8 +184,8 @@ class RelationalAttention(Attention):
         else:
             carried.append(self.marks(grid, right.dtype, x.device).expand(x.shape[0], heads, -1, -1))
         got = self.attend(q, k, torch.cat(carried, dim=-1), added)
-        relations = self.relations(left, got[..., :width]).to(got.dtype)
-        out = torch.einsum("bhnr,hdr->bhnd", relations, self.relation_weight.to(got.dtype))
+        relations = self.relations(left, got[..., :width])
+        out = product(relations, self.relation_weight.to(relations.dtype).transpose(-2, -1)).to(got.dtype)
         symbols = got[..., width:]
         return out + (symbols if self.library is not None else self.spell(symbols, grid))
 

@@ -102,7 +102,8 @@ class ThresholdRelativeAttention(HeadAttention):
             kept = kept & key_mask[:, None, None, :]
         delta = F.logsigmoid(self.decay(x).to(wide)).transpose(1, 2)[..., None]
         logits = logits.relu() + delta * self.nearer(kept, grid).to(wide)
-        weights = (self.attn_drop(logits) + pair_bias(kept, None, wide)).softmax(dim=-1)
+        # Further down than any decay times any count.
+        weights = (self.attn_drop(logits) + pair_bias(kept, None, wide, masked=-1e30)).softmax(dim=-1)
         return weights.masked_fill(~kept.any(dim=-1, keepdim=True), 0.0), split_heads(v, self.num_heads)
 
     def unit(self, x: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ def train(folder: Path, plan: Plan, entry: Entry, seed: int, overrides: Sequence
         record = json.loads(path.read_text(encoding="utf-8"))
         record["gmacs"] = gmacs(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except _Failed as error:
+    except (_Failed, UsageError) as error:
+        # A network that cannot be built is found out by counting, too.
         return {"failed": str(error)}
     return read_record(run, plan) or {"failed": f"the run measured no top-1 accuracy on {plan.accuracy!r}"}
 

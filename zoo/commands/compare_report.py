@@ -21,12 +21,6 @@ COLUMNS = {
     "confidence": "confidence",
     "paper": "paper",
 }
-_PLOTTED = {
-    "images_per_second": "training images/s",
-    "gmacs": "GMACs of one image, forward",
-    "parameters": "parameters, millions",
-    "peak_memory_gb": "peak memory in training, GB",
-}
 
 
 def rows_of(plan: Plan, records: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -90,6 +84,8 @@ def write(folder: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], facts: Ma
         writer.writerows(rows)
     _replace(folder / "comparison.md", markdown(plan, rows, facts))
     if any(row["seeds"] for row in rows):
+        from zoo.commands.compare_plot import draw
+
         draw(rows, folder / "comparison.png", title(plan))
 
 
@@ -111,49 +107,6 @@ def markdown(plan: Plan, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, 
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
     lines += ["", "```", str(facts.get("command", "")), "```", "", str(facts.get("hardware", "")), ""]
     return "\n".join(lines)
-
-
-def draw(rows: Sequence[Mapping[str, Any]], path: Path, heading: str) -> None:
-    """Writes the accuracy against speed, multiply-adds, parameters and memory; a list beside it names the points."""
-    from matplotlib.figure import Figure
-
-    done = [row for row in rows if row["seeds"]]
-    figure = Figure(figsize=(17, 11), layout="constrained", dpi=110)
-    grid = figure.add_gridspec(2, 3, width_ratios=[3, 3, 1.4])
-    for place, (key, label) in enumerate(_PLOTTED.items()):
-        axes = figure.add_subplot(grid[place // 2, place % 2])
-        x = [float("nan") if row[key] is None else row[key] for row in done]
-        y = [row["accuracy"] for row in done]
-        axes.errorbar(x, y, yerr=[row["spread"] or 0.0 for row in done], fmt="o", markersize=4, elinewidth=1)
-        for point, numbers in labels(x, y):
-            axes.annotate(numbers, point, textcoords="offset points", xytext=(4, 3), fontsize=8)
-        axes.set(xlabel=label, ylabel="top-1 %")
-        axes.grid(alpha=0.3)
-    names = figure.add_subplot(grid[:, 2])
-    names.axis("off")
-    lines = [f"{number:>2}  {row['accuracy']:5.2f}  {row['name']}" for number, row in enumerate(done, 1)]
-    names.text(0, 1, "\n".join(lines), family="monospace", fontsize=9, va="top")
-    figure.suptitle(heading)
-    partial = path.with_name(f".{path.name}.part")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
-
-
-def labels(x: Sequence[float], y: Sequence[float]) -> list[tuple[tuple[float, float], str]]:
-    """Where to write the numbers of points, counted from 1: those within a hundredth of the axes share a label."""
-    known = [[value for value in values if value == value] or [0.0] for values in (x, y)]
-    reach = [(max(values) - min(values) or 1.0) / 100 for values in known]
-    found: list[tuple[tuple[float, float], list[int]]] = []
-    for number, point in enumerate(zip(x, y, strict=True), 1):
-        if point[0] != point[0]:
-            continue  # its multiply-adds are not known
-        for place, numbers in found:
-            if abs(place[0] - point[0]) <= reach[0] and abs(place[1] - point[1]) <= reach[1]:
-                numbers.append(number)
-                break
-        else:
-            found.append((point, [number]))
-    return [(place, ", ".join(str(number) for number in numbers)) for place, numbers in found]
 
 
 def _replace(path: Path, text: str) -> None:
