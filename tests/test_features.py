@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import zoo
 from zoo.errors import UsageError
 from zoo.features import FeaturePyramid
-from zoo.features.pyramid import as_map, layout_of
+from zoo.features.pyramid import as_map, layout_of, resize
 
 # The smallest network of each family, seconds apart: convolutions, pyramids of attention, ladders without fine levels,
 # plain transformers, channels last, fixed sizes.
@@ -284,6 +284,30 @@ def test_weights_come_from_a_file_and_foreign_ones_are_refused(tmp_path):
         FeaturePyramid("test_efficientnet", img_size=64, pretrained=tmp_path / "foreign.safetensors")
 
 
+def test_segment_anything_gives_its_blocks_maps():
+    # timm's norm of them is a neck, which leaves 256 channels where its list of levels says embed_dim.
+    options = {"embed_dim": 32, "depth": 4, "num_heads": 2, "global_attn_indexes": (1, 3), "window_size": 3}
+    pyramid = FeaturePyramid("samvit_base_patch16", LEVELS, (64, 96), backbone_options=options).eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        maps, network = pyramid(images), pyramid.network
+        x = network.norm_pre(network.patch_embed(images) + network.pos_embed)
+        for index, block in enumerate(network.blocks):
+            x = block(x)
+            want = resize(x.permute(0, 3, 1, 2), sides((64, 96), LEVELS[index]))
+            torch.testing.assert_close(maps[index], want)
+    assert pyramid.channels == [32] * 4
+    assert not [name for name, _ in network.named_parameters() if "neck" in name]
+
+
+def test_tokens_on_a_grid_that_they_do_not_have_are_refused():
+    # timm's ViTamin makes 35 tokens of such an image and folds them into 4 x 6 places, with channels mixed up.
+    pyramid = FeaturePyramid("vitamin_small_224", LEVELS, 64).eval()
+    assert not pyramid.any_size
+    with pytest.raises(UsageError, match="cannot take images of 65 x 97: give multiples of 16, for instance 80 x 112"):
+        pyramid(torch.zeros(1, 3, 65, 97))
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -292,7 +316,9 @@ def test_weights_come_from_a_file_and_foreign_ones_are_refused(tmp_path):
         ("test_vit", {"strict": True}, r"no maps of levels \[4, 8, 32\]: it has \[16\]"),
         ("test_resnet", {"levels": (8, 4)}, "ascending"),
         ("test_resnet", {"levels": ()}, "ascending"),
+        ("test_resnet", {"levels": 8}, "ascending"),
         ("test_resnet", {"img_size": 0}, "img_size=0"),
+        ("test_resnet", {"img_size": 64.0}, r"img_size=64\.0"),
         ("test_resnet", {"img_size": (1, 2, 3)}, "height, width"),
         ("test_resnet", {"pretrained": "/none/w.pth"}, "no weights file"),
         ("test_resnet", {"backbone_options": {"dept": 1}}, "dept"),

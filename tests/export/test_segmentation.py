@@ -191,6 +191,23 @@ def test_tiles_on_request_and_for_what_is_too_large(task, model, folder, monkeyp
         assert (found.classes == wanted).mean() >= 0.9999
 
 
+def test_an_image_within_a_window_is_seen_whole_whatever_its_classes(task, model, folder, monkeypatch):
+    # Many classes make any image count as large; continued up to a window it would get other classes near its edges.
+    monkeypatch.setattr(room, "LOGITS", 100)
+    monkeypatch.setattr(room, "WINDOW", 64)
+    seen = []
+    for path in sorted(folder.rglob("*.png")):
+        ours = Predictor(model)
+        monkeypatch.setattr(ours, "_run", lambda batch, run=ours._run: seen.append(batch.shape) or run(batch))
+        found = ours.predict(path)[0].classes
+        height, width = found.shape
+        assert {shape[2:] for shape in seen} == {(height, min(width, 64))}
+        wanted = exact(task, path) if width <= 64 else by_windows(task, path, (height, 64), 16)
+        # Two sums of four logits apart in their last bits.
+        assert (found == wanted).mean() >= 0.9999
+        seen.clear()
+
+
 def test_an_evaluation_size_is_kept_and_classes_come_back_to_the_image(task, model, folder):
     ours = Predictor(model)
     ours.output.eval_size = [24, 32]

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from zoo.tasks.callbacks.segmentation_gallery import Example, Gallery, image_miou
@@ -119,12 +120,12 @@ def test_colours_say_classes_and_errors():
     shown = coloured(example().truth, PALETTE, VOID)
     assert [tuple(v) for v in shown.reshape(-1, 3).tolist()] == [
         *((10, 20, 30), (200, 0, 0), (0, 200, 0)),
-        *(NO_CLASS, (200, 0, 0), (0, 200, 0)),
+        *(NO_CLASS[1], (200, 0, 0), (0, 200, 0)),
     ]
     wrong = errors(example(), VOID)
     assert [tuple(v) for v in wrong.reshape(-1, 3).tolist()] == [
         *((255, 255, 255), WRONG, (255, 255, 255)),
-        *(NO_CLASS, (255, 255, 255), WRONG),
+        *(NO_CLASS[1], (255, 255, 255), WRONG),
     ]
     assert classes_shown(example(), 4) == [0, 1, 2]
 
@@ -141,6 +142,34 @@ def test_a_picture_has_all_colours_in_its_panels_and_its_legend(size, tmp_path):
     for colour in (*PALETTE, WRONG):
         # Hundreds: a panel or a field of the legend, not a stray pixel of an edge.
         assert (pixels == colour).all(1).sum() > 200, colour
+
+
+def test_pixels_without_a_class_look_like_no_class():
+    # A grey that stood for them is also Pascal VOC's seventh colour, and any colour may be in a palette.
+    grey = [[128, 128, 128]] * 2
+    nothing = np.full((80, 80), VOID)
+    for shown in (coloured(nothing, grey, VOID), errors(Example("", 0.0, nothing, nothing, nothing), VOID)):
+        colours, counts = np.unique(shown.reshape(-1, 3), axis=0, return_counts=True)
+        assert {tuple(colour) for colour in colours.tolist()} == set(NO_CLASS)
+        assert counts.tolist() == [3200, 3200]
+
+
+@pytest.mark.parametrize("size", [(120, 40), (40, 160), (60, 60)])
+def test_a_legend_lies_within_the_picture(size, tmp_path, monkeypatch):
+    names = [f"_a class of a long name {number} $x^$" for number in range(30)]
+    truth = np.arange(size[0] * size[1]).reshape(size) % 30
+    truth[0] = VOID
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (figures.append(figure), save(figure, path)))
+    drawn = Example("$x^$", 0.5, np.zeros(size, np.uint8), truth, truth)
+    draw_example(drawn, tmp_path / "x.png", names, PALETTE * 10, VOID)
+    (figure,) = figures
+    (legend,) = figure.legends
+    inside, box = figure.bbox, legend.get_window_extent()
+    assert inside.x0 <= box.x0 < box.x1 <= inside.x1
+    assert inside.y0 <= box.y0 < box.y1 <= inside.y1
+    # None is left out: the largest classes, no class, wrong.
+    assert len(legend.get_texts()) == 26
 
 
 class Reader(HTMLParser):

@@ -407,8 +407,12 @@ class Segmentation:
 
     def _by_windows(self, image: np.ndarray, run: Callable, batch_size: int) -> np.ndarray:
         """Classes (H, W): the largest weighted sum of the logits of all windows there, held for one row of them."""
-        window, overlap = (self.window, self.overlap) if self.window else ((WINDOW, WINDOW), WINDOW // 4)
-        (height, width), size = window, image.shape[1:]
+        size = image.shape[1:]
+        if self.window is not None:
+            (height, width), overlap = self.window, self.overlap
+        else:
+            # Nothing is continued that the model takes as it is: an image of many classes may well be smaller.
+            (height, width), overlap = (min(WINDOW, side) for side in size), WINDOW // 4
         # An image smaller than a window is continued by its edge.
         image = np.pad(image, ((0, 0), (0, max(height - size[0], 0)), (0, max(width - size[1], 0))), mode="edge")
         weights = tile_ramp(height, overlap)[:, None] * tile_ramp(width, overlap)

@@ -52,7 +52,7 @@ def checked_size(img_size: int | Sequence[int] | None) -> tuple[int, int] | None
     """
     if img_size is None:
         return None
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    size = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
     if len(size) != 2 or any(not isinstance(side, int) or side < 1 for side in size):
         raise UsageError(f"img_size={img_size}: give a positive side, or (height, width)")
     return size[0], size[1]

@@ -83,6 +83,8 @@ class FeaturePyramid(nn.Module):
         infos = level_infos(bare, backbone)
         self.ladder = [int(info["reduction"]) for info in infos]
         self.plain = len(infos) > 1 and len(set(self.ladder)) == 1 and hasattr(bare, "forward_intermediates")
+        # The last norm of Segment Anything's network is part of a neck, which leaves maps of other channels.
+        self._norm = not hasattr(bare, "neck")
         missing = [level for level in levels if level not in self.ladder]
         if strict and missing:
             raise UsageError(
@@ -98,6 +100,7 @@ class FeaturePyramid(nn.Module):
         self._source_chans = [int(infos[index]["num_chs"]) for index in self._indices]
         self._source_levels = [self.ladder[index] for index in self._indices]
         self.channels = [self._source_chans[source] for source in self._sources]
+        self._layouts: list[str] = []  # not known before the network has been looked at
         try:
             self.network = self._made(self._arguments, pretrained)
         except UsageError as error:
@@ -152,16 +155,22 @@ class FeaturePyramid(nn.Module):
         if "pretrained_cfg_overlay" in weights:
             check_loaded(network, self.name, weights["pretrained_cfg_overlay"])
         if self.plain:
-            network.prune_intermediate_layers(self._indices, prune_norm=False, prune_head=True)
+            network.prune_intermediate_layers(self._indices, prune_norm=not self._norm, prune_head=True)
         return network
 
     def _raw(self, network: Any, images: Tensor) -> list[Tensor]:
         """What a network answers, in its own layouts."""
         if self.plain:
-            return network.forward_intermediates(
-                images, indices=self._indices, norm=True, output_fmt="NCHW", intermediates_only=True
+            found = network.forward_intermediates(
+                images, indices=self._indices, norm=self._norm, output_fmt="NCHW", intermediates_only=True
             )
-        return network(images)
+        else:
+            found = network(images)
+        for map_, layout, channels in zip(found, self._layouts, self._source_chans, strict=False):
+            # Some reshape tokens to the grid that the size should have had, and mix channels with places.
+            if map_.shape[1 if layout == "NCHW" else -1] != channels:
+                raise ValueError(f"a map of {tuple(map_.shape)} where {channels} channels are needed")
+        return found
 
     def _quietly(self, network: Any, images: Tensor) -> list[Tensor]:
         """The same in evaluation mode, without gradients; the modes are as before afterwards."""
@@ -234,7 +243,7 @@ def ceil(length: int, step: int) -> int:
 
 
 def _checked_levels(levels: Sequence[int]) -> list[int]:
-    found = list(levels)
+    found = list(levels) if isinstance(levels, Sequence) else []
     whole = all(isinstance(level, int) and not isinstance(level, bool) and level >= 1 for level in found)
     if not found or not whole or sorted(set(found)) != found:
         raise UsageError(f"levels={levels}: give reductions of the image in ascending order, for instance [4, 8, 16]")

@@ -36,6 +36,7 @@ def create_segmenter(
     pretrained: bool | str | Path | Mapping[str, Tensor] = False,
     backbone_options: Mapping[str, Any] | None = None,
     levels: Sequence[int] | None = None,
+    strict: bool = False,
     weights: str | Path | None = None,
     **options: Any,
 ) -> Segmenter:
@@ -43,7 +44,7 @@ def create_segmenter(
 
     Args:
         head: one of `zoo.heads.list_heads("segmentation")`.
-        backbone, img_size, in_chans, pretrained, backbone_options: see `FeaturePyramid`.
+        backbone, img_size, in_chans, pretrained, backbone_options, strict: see `FeaturePyramid`.
         num_classes: channels of the logits.
         levels: reductions of the maps that the head sees, the head's own choice if None.
         weights: a file of the whole network: a `Segmenter`'s own state, or what the authors of the head's paper
@@ -72,6 +73,7 @@ def create_segmenter(
         backbone,
         made.levels if levels is None else levels,
         img_size,
+        strict,
         in_chans=in_chans if stem is None else 3,
         pretrained=pretrained,
         backbone_options=backbone_options,

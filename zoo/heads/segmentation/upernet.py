@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import UsageError
 from zoo.features import resize
 from zoo.heads.segmentation.base import SegmentationHead
 from zoo.heads.segmentation.layers import BinMeans, ConvBlock, check_share, check_width
@@ -57,6 +58,8 @@ class UPerNet(SegmentationHead):
         super().__init__()
         check_width("hidden_channels", hidden_channels)
         check_share("dropout", dropout)
+        if not isinstance(bins, Sequence):
+            raise UsageError(f"bins={bins}: give a list of sides, for instance [1, 2, 3, 6]")
         for count in bins:
             check_width("bins", count)
         width = hidden_channels

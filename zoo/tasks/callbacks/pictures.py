@@ -35,7 +35,7 @@ def draw_confusion_matrix(counts: np.ndarray, class_names: Sequence[str], path: 
     axes.set(xlabel="predicted", ylabel="true")
     if classes <= _NAMED:
         size = float(np.clip(11 - classes / 12, 5, 9))
-        names = [_shorten(name, 18) for name in class_names]
+        names = [shorten(name, 18) for name in class_names]
         axes.set_xticks(range(classes), names, rotation=90 if classes > 6 else 0, fontsize=size)
         axes.set_yticks(range(classes), names, fontsize=size)
     if classes <= _ANNOTATED:
@@ -64,8 +64,8 @@ def draw_mistakes(mistakes: Sequence[Mistake], class_names: Sequence[str], path:
         small = max(mistake.image.shape[:2]) < 64
         axes.imshow(mistake.image, cmap="gray", vmin=0, vmax=255, interpolation="nearest" if small else "antialiased")
         axes.set_title(
-            f"{_shorten(class_names[mistake.predicted], 22)} {mistake.probability:.0%}\n"
-            f"is {_shorten(class_names[mistake.true], 22)}",
+            f"{shorten(class_names[mistake.predicted], 22)} {mistake.probability:.0%}\n"
+            f"is {shorten(class_names[mistake.true], 22)}",
             fontsize=8,
         )
     if not mistakes:
@@ -85,12 +85,13 @@ def _list_confusions(axes, counts: np.ndarray, class_names: Sequence[str]) -> No
         true, predicted = np.unravel_index(index, wrong.shape)
         if wrong[true, predicted] == 0:
             break
-        names = f"{_shorten(class_names[true], 16)} → {_shorten(class_names[predicted], 16)}"
+        names = f"{shorten(class_names[true], 16)} → {shorten(class_names[predicted], 16)}"
         lines.append(f"{int(wrong[true, predicted]):4d}  {names}")
     text = "\n".join(lines) or "none"
     axes.text(0, 1, "most frequent confusions\n(true → predicted)", va="top", fontsize=9, weight="bold")
     axes.text(0, 0.93 if counts.shape[0] > 12 else 0.86, text, va="top", fontsize=8, family="monospace")
 
 
-def _shorten(name: str, limit: int) -> str:
+def shorten(name: str, limit: int) -> str:
+    """A name of at most so many letters."""
     return name if len(name) <= limit else name[: limit - 1] + "…"
