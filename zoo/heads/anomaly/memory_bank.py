@@ -30,7 +30,7 @@ class MemoryBank(AnomalyHead):
         bank_size: the most places that the bank keeps.
         max_places: places held while learning; of more, an equal share of what was and will be seen is drawn.
         neighbours: nearest entries whose mean distance counts.
-        pool: side of the local mean, odd; 1 for none.
+        pool: side of the local mean, odd; 1 for none. Beyond the border are zeros.
         normalize: whether only the direction of a place's vector counts, not its length, which light changes. The paper
             does without.
         sigma: of the Gaussian that smooths the map, in pixels of the image; 0 for none.
@@ -76,7 +76,9 @@ class MemoryBank(AnomalyHead):
     def places(self, features: Sequence[Tensor]) -> Tensor:
         """Maps (B, C, h, w) -> (B, sum of C, H, W) on the finest grid."""
         grid = (max(map_.shape[2] for map_ in features), max(map_.shape[3] for map_ in features))
-        near = [F.avg_pool2d(map_, self.pool, 1, self.pool // 2, count_include_pad=False) for map_ in features]
+        # With zeros beyond the border. Few places are cut off as those there are, so a bank covers them badly: left at
+        # their full length they are the farthest places of most good images, and those make the score.
+        near = [F.avg_pool2d(map_, self.pool, 1, self.pool // 2) for map_ in features]
         places = torch.cat([resize(map_, grid) for map_ in near], dim=1)
         return F.normalize(places, dim=1) if self.normalize else places
 
