@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tools.bench import __main__ as cli  # noqa: E402
-from tools.bench import machine, networks, ops, profiling, report, run_network  # noqa: E402
+from tools.bench import attentions, machine, networks, ops, profiling, report, run_network  # noqa: E402
 from tools.bench.cases import CASES, Cost, FunctionCase, NetworkCase, Unavailable, Workload, select  # noqa: E402
 from tools.bench.run import Options, run_case  # noqa: E402
 from tools.bench.timing import Rates, measure, rates  # noqa: E402
@@ -32,6 +32,65 @@ def test_every_op_has_a_case_with_its_cost():
         for case in cases:
             for what in ("forward", "forward+backward"):
                 assert all(number > 0 for number in case.cost(**case.sizes).of(what))
+
+
+def test_every_mechanism_has_a_case_beside_softmax_at_4096_tokens():
+    from zoo.attention import attention_spec, list_attentions
+
+    cases = {case.title: case for case in CASES.values() if case.kind == "attention"}
+    assert list(cases) == list_attentions()
+    for name, case in cases.items():
+        assert case.sizes["side"] ** 2 == 4096
+        # Their sizes are within what the mechanisms let themselves be asked for.
+        assert case.sizes["batch"] * case.sizes["heads"] * 4096**2 * 3 < 2**31
+        assert case.about["forms_map"] == attention_spec(name).forms_map
+        assert all(number > 0 for number in case.cost(**case.sizes).of("forward+backward"))
+    growth = {name: case.about["growth"] for name, case in cases.items()}
+    assert growth["uniform"] == "constant"
+    # Stripes of 7 rows or columns hold sqrt(N) tokens, whose pairs are counted.
+    assert growth["cross_window"] == "N^1.5"
+    assert {growth[name] for name in ("efficient", "hedgehog", "focused_linear", "halo", "window")} == {"N"}
+    assert {growth[name] for name in ("softmax", "moba", "sparse_fixed", "neural")} == {"N^2"}
+
+
+def test_floor_of_a_mechanism_by_hand():
+    cost = attentions.cost("softmax", batch=3, channels=8, side=4, heads=2)
+    assert cost.forward_flops == 2 * 3 * (4 * 16 * 8**2 + 2 * 16**2 * 8)
+    weights = 4 * (8 * 24 + 24 + 8 * 8 + 8)
+    assert cost.forward_bytes == 2 * (3 * 16 * 8) * 2 + weights
+
+
+@pytest.mark.parametrize("name", ["efficient", "routing", "super", "window"])
+def test_a_mechanism_is_timed_in_training_beside_softmax(name):
+    rows = list(run_case(CASES[f"attention_{name}"], replace(QUICK, compare=("softmax", "compile", "graph"))))
+    done = [(row["side"], row["mode"], row["pass"]) for row in rows if row["status"] == "ok"]
+    assert done == [(side, "eager", "forward+backward") for side in ("ours", "softmax")]
+    graphs = [(row["side"], row["status"]) for row in rows if row["mode"] == "graph"]
+    assert [side for side, _ in graphs] == ["ours", "softmax"]
+    assert rows[0]["check"]["error"] < rows[0]["check"]["tolerance"]
+
+
+def test_the_table_of_mechanisms_names_what_is_slower_than_its_cost():
+    def row(side, ms):
+        timing = {"median_ms": ms, "low_ms": ms, "high_ms": ms}
+        return {"side": side, "mode": "graph", "pass": "forward+backward", "status": "ok", "timing": timing}
+
+    about = {"kind": "attention", "device": {"name": "GPU"}, "versions": {}, "date": "2026-01-01", "commands": ["x"]}
+    records = [
+        about
+        | {
+            "title": title,
+            "growth": growth,
+            "forms_map": growth == "N^2",
+            "rows": [row("ours", ms), row("softmax", 2.0)],
+        }
+        | {"sizes": {"batch": 4, "channels": 8, "side": 64, "heads": 2}, "order": order}
+        for order, (title, growth, ms) in enumerate([("slow", "N", 4.0), ("quick", "N", 1.0), ("map", "N^2", 8.0)])
+    ]
+    page = report.render(records)
+    assert "| slow | N | no | 4,096 | 2 +- 0% | 4 +- 0% | - | 0.5x |" in page
+    assert "| map | N^2 | yes | 4,096 | 2 +- 0% | 8 +- 0% | - | 0.25x |" in page
+    assert "though its cost grows with N alone: slow (0.5x).\n" in page
 
 
 def test_floor_of_halo_attention_is_that_of_the_reasoning_by_hand():

@@ -1,6 +1,7 @@
-"""Times ops, layers and whole networks beside their peers, and writes zoo/kernels/BENCHMARKS.md from the records.
+"""Times ops, layers, mechanisms and networks beside their peers, and writes zoo/kernels/BENCHMARKS.md from the records.
 
 python -m tools.bench ops [PATTERN]         ops and single layers: forward, forward + backward, share of the floor
+python -m tools.bench attentions [PATTERN]  every mechanism beside softmax attention, forward + backward
 python -m tools.bench networks [PATTERN]    whole networks: inference and training
 python -m tools.bench headlines [PATTERN]   the ratios that papers advertise, with ours beside them
 python -m tools.bench list                  the names of all cases
@@ -26,12 +27,12 @@ from tools.bench.cases import CASES, KINDS, Case, FunctionCase, select
 from tools.bench.run import COMPARE, Options, run_case
 from tools.bench.timing import rates, synchronize, take_turns
 
-COMMANDS = {"ops": ("op", "layer"), "networks": ("network",), "headlines": ("headline",)}
+COMMANDS = {"ops": ("op", "layer"), "attentions": ("attention",), "networks": ("network",), "headlines": ("headline",)}
 PAGE = machine.ROOT / "zoo" / "kernels" / "BENCHMARKS.md"
 
 
 def load_registry() -> None:
-    from tools.bench import networks, ops  # noqa: F401
+    from tools.bench import attentions, networks, ops  # noqa: F401
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,7 +70,7 @@ def facts(case: Case, quick: bool) -> dict[str, Any]:
     known: dict[str, Any] = {"case": case.name, "kind": case.kind, "title": case.title, "quick": quick}
     known["order"] = list(CASES).index(case.name) if case.name in CASES else len(CASES)
     if isinstance(case, FunctionCase):
-        return known | {"sizes": dict(case.quick if quick else case.sizes)}
+        return known | dict(case.about) | {"sizes": dict(case.quick if quick else case.sizes)}
     known |= {key: getattr(case, key) for key in ("ours_name", "peer_name", "claim", "note")}
     known["img_size"] = case.quick_size if quick else case.img_size
     known["peer_img_size"] = known["img_size"] if quick or case.peer_img_size is None else case.peer_img_size

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-KINDS = ("op", "layer", "network", "headline")
+KINDS = ("op", "layer", "attention", "network", "headline")
 
 
 class Unavailable(RuntimeError):
@@ -56,21 +56,22 @@ class Workload:
 
 @dataclass(frozen=True)
 class FunctionCase:
-    """An op or a layer: tensors in, one tensor out.
+    """An op, a layer or an attention mechanism: tensors in, one tensor out.
 
     Args:
         name: unique, in file names too.
-        kind: "op" or "layer".
+        kind: "op", "layer" or "attention", which is timed in training alone.
         title: what a table calls it.
-        op: the op of zoo.kernels that it is about.
+        op: the op of zoo.kernels that it is about; "" for a mechanism.
         sizes, quick: keywords of `inputs`, `build` and `cost`; `quick` are toy ones for a look on the CPU.
         inputs: (side, dtype, device, **sizes) -> arguments of the call; tensors of the batch have it first.
         build: (side, device, **sizes) -> Workload; sides are "ours", the peer's and "reference", which must be able to
             run in float64; equal weights every time.
         cost: (**sizes) -> Cost.
         batched: places of the arguments that have the batch first.
-        peer: the side that ours is compared with: "reference" (an op's own, in the case's dtype) or "timm".
+        peer: the side that ours is compared with: "reference" (an op's own, in the case's dtype), "timm" or "softmax".
         tolerance: of ||ours - reference|| / ||reference|| by dtype, for the output and for each gradient.
+        about: what a table says of it besides.
     """
 
     name: str
@@ -87,6 +88,7 @@ class FunctionCase:
     # Operands in bfloat16 round by 2^-9; a product of two such operands and a softmax between them stay within a
     # few times that. float32 products may run in TF32, which rounds by 2^-11.
     tolerance: Mapping[str, float] = field(default_factory=lambda: {"bfloat16": 2e-2, "float16": 4e-3, "float32": 2e-3})
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

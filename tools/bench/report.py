@@ -12,6 +12,7 @@ enough; a budget is in seconds, and what it leaves out is named):
 
 ```
 python -m tools.bench ops --budget 550
+python -m tools.bench attentions --budget 550
 python -m tools.bench networks --compare timm,eager,recipe --budget 550
 python -m tools.bench networks --compare timm,compile,fused --add --budget 550
 python -m tools.bench headlines
@@ -30,7 +31,13 @@ what the host needs to launch its kernels. A ratio compares the fastest of ours 
 the same ways of being run.
 """
 EMPTY = "\nThere are no records yet.\n"
-TITLES = {"op": "Ops", "layer": "Layers, projections included", "network": "Networks", "headline": "Headlines"}
+TITLES = {
+    "op": "Ops",
+    "layer": "Layers, projections included",
+    "attention": "Attention mechanisms",
+    "network": "Networks",
+    "headline": "Headlines",
+}
 COLUMNS = {
     "op": (
         *("op", "pass", "peer", "peer ms", "ours ms", "ours eager", "ratio"),
@@ -43,6 +50,10 @@ COLUMNS = {
     "headline": ("what", "peer", "peer images/s", "ours images/s", "ratio", "the paper's ratio"),
 }
 COLUMNS["layer"] = ("layer", *COLUMNS["op"][1:])
+COLUMNS["attention"] = (
+    *("mechanism", "cost grows as", "stores N x N", "tokens", "softmax ms", "ours ms", "ours eager", "ratio"),
+    *("peak GB softmax", "ours", "floor ms", "share of floor"),
+)
 Row = dict[str, Any]
 
 
@@ -88,21 +99,43 @@ def passes(record: Row) -> list[str]:
 
 
 def function_lines(record: Row) -> list[str]:
-    """Table lines of an op or a layer: one a pass."""
+    """Table lines of an op, a layer or a mechanism: one a pass."""
     lines = []
     for what in passes(record):
         ours, peer = fastest(good(record, "ours", what)), fastest(good(record, "peer", what))
         if ours is None and peer is None:
             continue
-        ratio = None if not (ours and peer) else peer["timing"]["median_ms"] / ours["timing"]["median_ms"]
+        ratio = faster(record, what)
         share = (ours or {}).get("share")
         cells = [record["title"], what, "-" if peer is None else f"{peer['side']}, {peer['mode']}"]
+        if record["kind"] == "attention":
+            cells = [record["title"], record["growth"], "yes" if record["forms_map"] else "no"]
+            cells.append(f"{record['sizes']['side'] ** 2:,}")
         eager = of_mode(good(record, "ours", what), "eager")
         cells += [milliseconds(row) for row in (peer, ours, eager)] + ["-" if ratio is None else f"{number(ratio)}x"]
         cells += [number((row or {}).get("peak_gb")) for row in (peer, ours)]
         cells += [number((ours or {}).get("floor_ms")), "-" if share is None else f"{share:.0%}"]
         lines.append(line(cells))
     return lines
+
+
+def faster(record: Row, what: str) -> float | None:
+    """How many times ours is as fast as its peer, each in its fastest way; None where one has no figure."""
+    ours, peer = fastest(good(record, "ours", what)), fastest(good(record, "peer", what))
+    return peer["timing"]["median_ms"] / ours["timing"]["median_ms"] if ours and peer else None
+
+
+def mechanism_notes(records: list[Row]) -> list[str]:
+    """What the table of mechanisms is about, and which of them are not what their cost promises."""
+    sizes = records[0]["sizes"]
+    told = (
+        f"Forward + backward of one layer with its projections, {sizes['batch']} images, {sizes['channels']} channels, "
+        f"{sizes['heads']} heads; the ratio is to softmax attention by torch's fused kernel in the same run."
+    )
+    slow = [(r["title"], faster(r, "forward+backward")) for r in records if r["growth"] in ("constant", "N")]
+    named = [f"{title} ({number(ratio)}x)" for title, ratio in slow if ratio is not None and ratio < 1]
+    text = "Slower than softmax attention here though its cost grows with N alone: "
+    return [told, *([text + ", ".join(named) + "."] if named else [])]
 
 
 def of_mode(rows: list[Row], mode: str) -> Row | None:
@@ -153,7 +186,13 @@ def headline_lines(record: Row) -> list[str]:
     return [line([*cells, "-" if ratio is None else f"{number(ratio)}x", record["claim"] or "-"])]
 
 
-LINES = {"op": function_lines, "layer": function_lines, "network": network_lines, "headline": headline_lines}
+LINES = {
+    "op": function_lines,
+    "layer": function_lines,
+    "attention": function_lines,
+    "network": network_lines,
+    "headline": headline_lines,
+}
 
 
 def troubles(record: Row) -> list[str]:
@@ -170,7 +209,8 @@ def table(kind: str, records: list[Row]) -> str:
     """The table of a kind of cases with its notes, its commands and what went wrong."""
     lines = [f"\n### {TITLES[kind]}\n", line(COLUMNS[kind]), "|" + "---|" * len(COLUMNS[kind])]
     lines += [cells for record in records for cells in LINES[kind](record)]
-    notes = [record["note"] for record in records if record.get("note")]
+    notes = mechanism_notes(records) if kind == "attention" else []
+    notes += [record["note"] for record in records if record.get("note")]
     sources = {told_of(record)["source"] for record in records if told_of(record)}
     notes += [f"(*) {source}; it cannot be installed beside ours." for source in sorted(sources)]
     if notes:

@@ -14,7 +14,7 @@ from tools.bench.cases import Case, FunctionCase, Unavailable, Workload
 from tools.bench.check import WrongAnswer, check_function, error
 from tools.bench.timing import Memory, Rates, measure
 
-COMPARE = ("timm", "eager", "compile", "fused", "graph", "recipe")
+COMPARE = ("timm", "softmax", "eager", "compile", "fused", "graph", "recipe")
 # So much data in turn does not stay in the cache of a large GPU.
 ROTATED = 192e6
 
@@ -96,17 +96,18 @@ def function_sides(case: FunctionCase, compare: tuple[str, ...]) -> list[tuple[s
         sides.append(("ours", "compile"))
     if "eager" in compare if case.peer == "reference" else case.peer in compare:
         sides.append((case.peer, "eager"))
-    if "compile" in compare and (case.peer == "reference" or case.peer in compare):
+    # Mechanisms are many, and each would be compiled for longer than it is timed.
+    if "compile" in compare and case.kind != "attention" and (case.peer == "reference" or case.peer in compare):
         sides.append((case.peer, "compile"))
     if "graph" in compare:
         sides.append(("ours", "graph"))
-        if case.kind == "layer" and case.peer in compare:
+        if case.kind != "op" and case.peer in compare:
             sides.append((case.peer, "graph"))
     return sides
 
 
 def run_function(case: FunctionCase, options: Options) -> Iterator[dict[str, Any]]:
-    """The rows of an op or a layer: forward, and forward with backward, of each side."""
+    """The rows of an op, a layer or a mechanism: forward, and forward with backward, of each side."""
     sizes = dict(case.quick if options.quick else case.sizes)
     for side, mode in function_sides(case, options.compare):
         tidy()
@@ -117,7 +118,7 @@ def run_function(case: FunctionCase, options: Options) -> Iterator[dict[str, Any
             continue
         if checked:
             row["check"] = checked
-        for what in ("forward", "forward+backward"):
+        for what in ("forward+backward",) if case.kind == "attention" else ("forward", "forward+backward"):
             timed = dict(row, **{"pass": what})
             tidy()
             numbers = attempt(timed, lambda s=side, m=mode, w=what: _timed(case, s, m, w, sizes, options))
