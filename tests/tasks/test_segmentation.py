@@ -184,6 +184,7 @@ def test_another_network_or_other_classes_are_refused(segmentation):
         ({"window_overlap": 4}, "give window"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"img_size": 0}, "positive"),
+        ({"head_options": {"img_size": 64}}, "head_options holds img_size"),
     ],
 )
 def test_bad_values_are_one_sentence(given, words, segmentation):

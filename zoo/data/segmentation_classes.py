@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from zoo.data.masks import other_size
 from zoo.errors import UsageError
 
 # Stands for pixels without a class in a list of classes.
@@ -134,10 +135,7 @@ def read_classes(path: str, image: str, size: tuple[int, int], classes: ClassLis
     """
     values = read_values(path, classes.coloured)
     if values.shape != tuple(size):
-        raise UsageError(
-            f"the mask {path!r} has {values.shape[0]} x {values.shape[1]} pixels (height x width), but its image "
-            f"{image!r} has {size[0]} x {size[1]}; a mask must have the size of its image"
-        )
+        raise other_size(path, values.shape, image, size)
     labels = _look_up(values, classes)
     wrong = labels == _STRANGE
     if wrong.any():

@@ -14,7 +14,7 @@ from zoo.data.segmentation_classes import voc_palette
 from zoo.errors import UsageError, unknown
 from zoo.heads import create_segmenter
 from zoo.tasks.backbone import own_size
-from zoo.tasks.base import Task, check_same, check_training_values, pair
+from zoo.tasks.base import Task, check_head_options, check_same, check_training_values, pair
 from zoo.tasks.batches import images_of
 from zoo.tasks.callbacks.segmentation_report import SegmentationReport
 from zoo.tasks.classification import check_same_classes
@@ -291,5 +291,6 @@ def _check_values(given: Mapping[str, Any]) -> None:
     if given["loss"] not in LOSSES:
         raise unknown("loss", given["loss"], LOSSES)
     check_training_values(given)
+    check_head_options(given["head_options"])
     if not 0 <= given["label_smoothing"] < 1:
         raise UsageError(f"label_smoothing={given['label_smoothing']}: it lies in [0, 1)")
