@@ -1,7 +1,7 @@
 """Samples as a loader asks for them: reproducible one by one, and never an exception for a damaged file."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ class LabelledImages(Samples):
         return self.transform(image), target
 
 
-def check_reading(given: Any, layouts: Sequence[str]) -> None:
+def check_reading(given: Any, layouts: Iterable[str]) -> None:
     """Raises UsageError for a value out of its range, of those that data from folders with masks has in common."""
     if given.in_chans not in (1, 3):
         raise UsageError(f"in_chans={given.in_chans}: images are read with 3 channels, or 1 for grey")
