@@ -89,7 +89,7 @@ def test_a_checkpoint_needs_nothing_but_itself(finished, segmentation):
     assert again.hparams["ignore_index"] == segmentation.VOID
     saved = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, saved[name]) for name, value in again.state_dict().items())
-    assert again.export_meta()["palette"][1] == [128, 0, 0]  # Pascal VOC's second colour
+    assert again.export_meta()["palette"][1] == [60, 180, 75]  # the second colour of every list without its own
 
 
 def test_the_record_has_every_class(finished, segmentation):

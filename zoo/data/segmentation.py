@@ -114,7 +114,7 @@ class Segmentation(LightningDataModule):
 
     @property
     def palette(self) -> list[tuple[int, int, int]]:
-        """A colour (red, green, blue) for each class: that of the masks, or Pascal VOC's for its number."""
+        """A colour (red, green, blue) for each class: that of the masks, or one that differs from the others."""
         return self._class_list().palette
 
     @property

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from zoo.data.segmentation import WEIGHTS
-from zoo.data.segmentation_classes import voc_palette
+from zoo.data.segmentation_classes import default_palette
 from zoo.errors import UsageError, unknown
 from zoo.heads import create_segmenter
 from zoo.tasks.backbone import own_size
@@ -45,8 +45,8 @@ class Segmentation(Task):
         head: of `zoo.heads.list_heads("segmentation")`.
         backbone: the encoder, any timm name, ours included.
         class_names: one per class, in the order of their numbers. The command line takes them from the data.
-        palette: a colour (red, green, blue) per class, for pictures; the command line takes it from the data, else
-            Pascal VOC's.
+        palette: a colour (red, green, blue) per class, for pictures; the command line takes it from the data, which
+            has colours of its own for classes without one.
         ignore_index: class number of pixels without a class.
         img_size: side, or (height, width), of training images; the backbone's own when absent. An encoder that takes
             one size alone sees larger images by windows of it.
@@ -123,7 +123,7 @@ class Segmentation(Task):
             raise UsageError(f"window={window}: {backbone} takes images of {size[0]} x {size[1]} alone; leave it away")
         # A window that the encoder asks for has an overlap without being asked.
         self.overlap = check_window(self.window, window_overlap)
-        colours = [list(colour) for colour in palette] or voc_palette(len(class_names))
+        colours = [list(colour) for colour in palette] or default_palette(len(class_names))
         # The resolved values, so that a checkpoint needs neither the data nor a later version's defaults.
         arguments |= {"img_size": list(size), "class_names": list(class_names), "palette": colours}
         self.save_hyperparameters(plain(arguments), logger=False)
