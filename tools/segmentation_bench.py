@@ -1,6 +1,7 @@
 """Segmentation networks beside those of segmentation_models_pytorch, trained by one program with one budget.
 
-python tools/segmentation_bench.py run --data DIR [--weights FILE] [--jobs 6] [--device cuda] RUN...
+python tools/segmentation_bench.py run --data DIR [--weights FILE] [--jobs 6] [--device cuda] [--until S] RUN...
+python tools/segmentation_bench.py best --data DIR  print our network with the highest validation mIoU
 python tools/segmentation_bench.py page [--check]   write recipes/SEGMENTATION.md from recipes/results/segmentation/
 
 A RUN is NAME[+OPTION=VALUE...][/BACKBONE][@SEED]: NAME a head of ours, or smp.ARCH for a peer (smp.unet, smp.fpn, ...;
@@ -17,19 +18,37 @@ schedule, epochs, precision, and the weights that are judged, those of the last 
 at the end.
 
 Every run is a process of its own and writes its own record when it is done; --jobs of them share the device. Speed is
-measured afterwards, one network at a time.
+measured afterwards, one network at a time. The same command again goes on where it was stopped: what has a record is
+not trained once more. With --until S no run begins later than S seconds after the start, so that a machine lent for
+minutes is given back with whole records.
+
+The page is made by these commands, from DIR/camvid, DIR/membrane and FILE, on one GPU with 16 CPU cores. The second
+takes the best of our networks that start with weights, by validation, and the strongest peer, to three seeds:
+
+    bench() { python tools/segmentation_bench.py run --device cuda --jobs 6 --weights FILE "$@"; }
+    bench --data DIR/camvid fpn/zoo_flatten_swin_tiny fpn/zoo_uniformer_small fpn/zoo_halonet26t \\
+        fpn/zoo_lambda_resnet26t fpn/zoo_vit_small_cb_patch16_224 fpn/zoo_shvit_s2 smp.unet/resnet34 \\
+        macmd upernet upernet+deep_supervision=true fpn segformer segformer+embed_dim=512 \\
+        smp.segformer smp.fpn smp.deeplabv3plus smp.unet
+    best=$(python tools/segmentation_bench.py best --data DIR/camvid)
+    bench --data DIR/camvid "$best@1" "$best@2" smp.segformer@1 smp.segformer@2
+    bench --data DIR/membrane macmd smp.unet macmd@1 smp.unet@1 macmd@2 smp.unet@2
+    python tools/segmentation_bench.py page
 """
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +60,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # zoo need not be installed
 
 from tools.anomaly_record import hardware, versions  # noqa: E402
-from tools.segmentation_page import page  # noqa: E402
+from tools.segmentation_page import STARTS, page  # noqa: E402
 
 RECORDS = ROOT / "recipes" / "results" / "segmentation"
 PAGE = ROOT / "recipes" / "SEGMENTATION.md"
@@ -202,7 +221,7 @@ def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
         "training": {**program["data"], **program["task"], "precision": str(trainer.precision)},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": hardware(args.device),
-        "versions": versions(),
+        "versions": versions() | _versions_of("lightning", "albumentations", "segmentation_models_pytorch"),
         "jobs": args.jobs,
         "fit_seconds": round(seconds, 1),
         **cost(run, args.program, data.class_names),
@@ -210,11 +229,24 @@ def train(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _versions_of(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def _measured(trainer: Any, task: Any, stage: str) -> dict[str, Any]:
     values, by_class = task.measures[stage].compute()
     names = task.class_names
     return {name: round(value, 4) for name, value in values.items()} | {
-        "per_class": {name: {k: round(v[i], 4) for k, v in by_class.items()} for i, name in enumerate(names)}
+        "per_class": {
+            # JSON knows no NaN, which a class has that is nowhere.
+            name: {k: round(v[i], 4) for k, v in by_class.items() if not math.isnan(v[i])}
+            for i, name in enumerate(names)
+        }
     }
 
 
@@ -268,7 +300,7 @@ def _now(device: str) -> float:
 
 
 def run_all(args: argparse.Namespace) -> int:
-    """Trains every run that has no record yet, then measures speed; the number of runs that failed."""
+    """Trains every run that has no record yet, then measures speed; the number of runs that failed or are left."""
     runs = [Run.of(text) for text in dict.fromkeys(args.runs)]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)  # for the logs of those that fail
@@ -285,6 +317,9 @@ def run_all(args: argparse.Namespace) -> int:
         if path.is_file() and not args.again:
             print(f"{text}: {path.name} is there", flush=True)
             return True
+        if args.until is not None and time.monotonic() - start > args.until:
+            print(f"{text}: left for another time", flush=True)
+            return False
         command = [sys.executable, __file__, "one", *common, *more, text]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:] or ["no output"]
@@ -298,6 +333,24 @@ def run_all(args: argparse.Namespace) -> int:
     if args.speed:
         speed(runs, args)
     return succeeded.count(False)
+
+
+def best(args: argparse.Namespace) -> str:
+    """The text of our network whose first seed has the highest mIoU on validation images.
+
+    Raises:
+        SystemExit: there is no record of one.
+    """
+    records = [json.loads(path.read_text()) for path in sorted(Path(args.out).glob("*.json"))]
+    ours = [
+        record
+        for record in records
+        if (record["program"], record["start"], record["seed"]) == (args.program, args.start, 0)
+        and not record["name"].startswith("smp.")
+    ]
+    if not ours:
+        raise SystemExit(f"{args.out} holds no record of a network of ours of {args.program} with seed 0")
+    return max(ours, key=lambda record: record["val"]["miou"])["network"]
 
 
 def train_one(args: argparse.Namespace) -> None:
@@ -335,8 +388,14 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--workers", type=int, default=2, help="processes of a run that change images")
         command.add_argument("--epochs", type=int, help="instead of the program's, to try things out")
         command.add_argument("--out", default=str(RECORDS), help="folder of the records")
+        command.add_argument("--until", type=float, metavar="S", help="begin no run later than after S seconds")
         command.add_argument("--again", action="store_true", help="train also what has a record")
         command.add_argument("--no-speed", dest="speed", action="store_false", help="leave the measuring of speed out")
+    chosen = commands.add_parser("best", help="print our network with the highest validation mIoU")
+    chosen.add_argument("--data", required=True, help="as of run")
+    chosen.add_argument("--program", choices=PROGRAMS, help="as of run")
+    chosen.add_argument("--start", choices=STARTS, default="in1k", help="of the encoder")
+    chosen.add_argument("--out", default=str(RECORDS), help="folder of the records")
     written = commands.add_parser("page")
     written.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     return top
@@ -353,6 +412,9 @@ def main(argv: list[str] | None = None) -> int:
     args.program = args.program or Path(args.data).name
     if args.program not in PROGRAMS:
         raise SystemExit(f"--program is one of {', '.join(PROGRAMS)}; {args.data} is named like none of them")
+    if args.action == "best":
+        print(best(args))
+        return 0
     if args.action == "one":
         train_one(args)
         return 0

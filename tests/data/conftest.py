@@ -10,6 +10,8 @@ from PIL import Image
 
 from zoo.data import AnomalyDetection, ImageClassification, Segmentation
 
+from .scenes import CLASSES, put
+
 
 @pytest.fixture(autouse=True)
 def stop_workers(monkeypatch):
@@ -57,3 +59,13 @@ def running() -> Callable[..., SimpleNamespace]:
         return SimpleNamespace(training=training, current_epoch=epoch, fit_loop=loop, global_rank=rank, world_size=1)
 
     return running
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """Drawn images with masks in train, val and test."""
+    for split, numbers in (("train", range(12)), ("val", range(20, 25)), ("test", range(30, 33))):
+        for number in numbers:
+            put(tmp_path / split, number)
+    (tmp_path / "classes.txt").write_text(CLASSES)
+    return tmp_path

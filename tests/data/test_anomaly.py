@@ -445,7 +445,7 @@ def test_roots_that_are_no_data(tmp_path, write):
         ("layout", "mvtex", "Did you mean 'mvtec'"),
         ("resize", "padd", "Did you mean 'pad'"),
         ("tile", 1, "at least 2"),
-        ("batch_size", 0, "at least 1"),
+        ("batch_size", 0, "1 or more"),
         ("num_workers", -1, "0 or more"),
         ("val_split", 0.0, "between 0 and 1"),
         ("test_split", 1.0, "between 0 and 1"),

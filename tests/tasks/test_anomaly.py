@@ -282,6 +282,7 @@ def test_a_checkpoint_of_another_detector_is_refused(finished, anomaly, tmp_path
         ({"false_alarms": 1.0}, "false_alarms"),
         ({"img_size": 0}, "img_size"),
         ({"head_options": {"neighbors": 3}}, "neighbors"),
+        ({"head_options": {"layers": [1]}}, "head_options holds layers"),
         ({"mean": [0.5, 0.5]}, "mean has 2 values"),
     ],
 )

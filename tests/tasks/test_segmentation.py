@@ -89,7 +89,7 @@ def test_a_checkpoint_needs_nothing_but_itself(finished, segmentation):
     assert again.hparams["ignore_index"] == segmentation.VOID
     saved = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, saved[name]) for name, value in again.state_dict().items())
-    assert again.export_meta()["palette"][1] == [128, 0, 0]  # Pascal VOC's second colour
+    assert again.export_meta()["palette"][1] == [60, 180, 75]  # the second colour of every list without its own
 
 
 def test_the_record_has_every_class(finished, segmentation):
@@ -184,6 +184,7 @@ def test_another_network_or_other_classes_are_refused(segmentation):
         ({"window_overlap": 4}, "give window"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"img_size": 0}, "positive"),
+        ({"head_options": {"img_size": 64}}, "head_options holds img_size"),
     ],
 )
 def test_bad_values_are_one_sentence(given, words, segmentation):

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import Dataset, default_collate
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_run import Die, EpochOrder, Loader
+from tiny_run import Die, EpochOrder, Loader, trainer
 
-from zoo.tasks import AnomalyDetection, AtomicCheckpointIO
+from zoo.tasks import AnomalyDetection
 from zoo.tasks.callbacks import LastCheckpoint
 
 SIZE = 32
@@ -83,21 +83,6 @@ class Data(LightningDataModule):
 
 def task(method="l2bt", **arguments):
     return AnomalyDetection(**({"method": method, "img_size": SIZE} | TINY[method] | arguments))
-
-
-def trainer(folder, callbacks=(), **arguments):
-    defaults = {
-        "max_epochs": 3,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "plugins": [AtomicCheckpointIO()],
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-    }
-    return Trainer(default_root_dir=folder, callbacks=list(callbacks), **(defaults | arguments))
 
 
 def run_callbacks(folder):

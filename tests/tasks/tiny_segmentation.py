@@ -1,13 +1,17 @@
 """A tiny run of segmentation: drawn squares and stripes, a small network."""
 
+import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from zoo.tasks import AtomicCheckpointIO, Segmentation
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_run import trainer
+
+from zoo.tasks import Segmentation
 
 SIZE = 32
 NAMES = ["ground", "square", "stripe"]
@@ -74,21 +78,6 @@ def task(**arguments):
         "lr": 1e-2,
     }
     return Segmentation(**(small | arguments))
-
-
-def trainer(folder, callbacks=(), **arguments):
-    defaults = {
-        "max_epochs": 3,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "plugins": [AtomicCheckpointIO()],
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
-    }
-    return Trainer(default_root_dir=folder, callbacks=list(callbacks), **(defaults | arguments))
 
 
 def fitted(folder, data=None, callbacks=(), epochs=3, **arguments):

@@ -81,6 +81,32 @@ def test_a_training_leaves_a_record_and_no_path(bench, scenes, tmp_path):
     assert bench.main([*again, "fpn+width=3/test_efficientnet"]) == 1
     (log,) = (tmp_path / "out").glob("*.log")
     assert "width" in log.read_text()
+    # Nothing begins after its time; what has a record counts as done.
+    late = [*again, "--until", "-1", "fpn+hidden_channels=64/test_efficientnet@1"]
+    assert bench.main(late) == 0
+    assert bench.main([*late, "fpn/test_efficientnet"]) == 1
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_the_best_is_chosen_by_validation_alone(bench, tmp_path, capsys):
+    records = [
+        record("fpn/a", 0, 0.6),
+        record("upernet/a", 0, 0.5, val={"miou": 0.9}),
+        record("segformer/a", 1, 0.9),  # another seed
+        record("macmd/b", 0, 0.9, start="random"),
+        record("macmd/c", 0, 0.9, program="membrane"),
+        record("smp.unet/a", 0, 0.95),
+    ]
+    for number, content in enumerate(records):
+        (tmp_path / f"{number}.json").write_text(json.dumps(content))
+    line = ["best", "--data", str(tmp_path / "camvid"), "--out", str(tmp_path)]
+    assert bench.main(line) == 0
+    assert capsys.readouterr().out == "upernet/a\n"
+    assert bench.Run.of("upernet/a@2").seed == 2
+    assert bench.main([*line, "--start", "random"]) == 0
+    assert capsys.readouterr().out == "macmd/b\n"
+    with pytest.raises(SystemExit, match="no record"):
+        bench.main([*line, "--program", "membrane", "--start", "random"])
 
 
 def record(network, seed, miou, **more):

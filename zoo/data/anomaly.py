@@ -12,7 +12,7 @@ from zoo.data.anomaly_layouts import LAYOUTS, Layout, Photo, open_layout
 from zoo.data.augmentation import Augmentation
 from zoo.data.dicts import DictLoader
 from zoo.data.holdout import hold_out
-from zoo.data.labelled import leave_out
+from zoo.data.labelled import check_reading, leave_out
 from zoo.data.masks import check_size
 from zoo.data.sampler import EpochSampler
 from zoo.data.sources import resolve_root
@@ -217,28 +217,10 @@ def _check(given: Any) -> None:
     """Raises UsageError for a value out of its range."""
     if min(_pair(given.img_size)) < 1:
         raise UsageError(f"img_size={given.img_size}: give a positive side, or (height, width)")
-    if given.in_chans not in (1, 3):
-        raise UsageError(f"in_chans={given.in_chans}: images are read with 3 channels, or 1 for grey")
-    if given.layout not in ("auto", *LAYOUTS):
-        raise unknown("layout", given.layout, ("auto", *LAYOUTS))
+    check_reading(given, LAYOUTS)
     if given.resize not in ("stretch", "pad"):
         raise unknown("resize", given.resize, ("stretch", "pad"))
     if given.tile is not None:
         check_tiles(given.tile, given.tile_overlap)
-    if given.batch_size < 1:
-        raise UsageError(f"batch_size={given.batch_size}: it must be at least 1")
-    if given.num_workers < 0:
-        raise UsageError(f"num_workers={given.num_workers}: it must be 0 or more")
-    if given.on_error not in ("skip", "raise"):
-        raise unknown("on_error", given.on_error, ("skip", "raise"))
-    for name in ("val_split", "test_split"):
-        if given[name] is not None and not 0 < given[name] < 1:
-            raise UsageError(f"{name}={given[name]}: a share of the good images lies between 0 and 1")
-    for name in ("hflip", "vflip"):
-        if not 0 <= given[name] <= 1:
-            raise UsageError(f"{name}={given[name]}: a probability lies between 0 and 1")
-    if not 0 <= given.rotate <= 180:
-        raise UsageError(f"rotate={given.rotate}: degrees lie between 0 and 180")
-    for name in ("brightness", "contrast"):
-        if not 0 <= given[name] < 1:
-            raise UsageError(f"{name}={given[name]}: a change lies between 0 (off) and 1")
+    if not 0 < given.test_split < 1:
+        raise UsageError(f"test_split={given.test_split}: a share of the good images lies between 0 and 1")

@@ -1,7 +1,7 @@
 """Samples as a loader asks for them: reproducible one by one, and never an exception for a damaged file."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from zoo.data.sampler import Unreadable, mix, split_key
 from zoo.data.sources import Source
-from zoo.errors import UsageError
+from zoo.errors import UsageError, unknown
 
 
 class Samples(Dataset):
@@ -64,6 +64,28 @@ class LabelledImages(Samples):
         if self.seed is not None:
             seed_all(mix("sample", self.seed, epoch, number))
         return self.transform(image), target
+
+
+def check_reading(given: Any, layouts: Iterable[str]) -> None:
+    """Raises UsageError for a value out of its range, of those that data from folders with masks has in common."""
+    if given.in_chans not in (1, 3):
+        raise UsageError(f"in_chans={given.in_chans}: images are read with 3 channels, or 1 for grey")
+    for name, valid in (("layout", ("auto", *layouts)), ("on_error", ("skip", "raise"))):
+        if given[name] not in valid:
+            raise unknown(name, given[name], valid)
+    for name, least in (("batch_size", 1), ("num_workers", 0)):
+        if given[name] < least:
+            raise UsageError(f"{name}={given[name]}: it must be {least} or more")
+    if given.val_split is not None and not 0 < given.val_split < 1:
+        raise UsageError(f"val_split={given.val_split}: a share of the images lies between 0 and 1")
+    for name in ("hflip", "vflip"):
+        if not 0 <= given[name] <= 1:
+            raise UsageError(f"{name}={given[name]}: a probability lies between 0 and 1")
+    if not 0 <= given.rotate <= 180:
+        raise UsageError(f"rotate={given.rotate}: degrees lie between 0 and 180")
+    for name in ("brightness", "contrast"):
+        if not 0 <= given[name] < 1:
+            raise UsageError(f"{name}={given[name]}: a change lies between 0 (off) and 1")
 
 
 def leave_out(skipped: dict[str, str], on_error: str, name: str, reason: str) -> None:

@@ -46,7 +46,7 @@ def read_mask(path: str, image: str, size: tuple[int, int], numbered: bool = Fal
         values = np.asarray(picture)
     values = values.max(axis=2) if values.ndim == 3 else values
     if values.shape != tuple(size):
-        raise _other_size(path, values.shape, image, size)
+        raise other_size(path, values.shape, image, size)
     top = values.max()
     between = values[(values != 0) & (values != top)]
     if len(between) and not numbered:
@@ -64,7 +64,7 @@ def check_size(mask: str, image: str) -> None:
     except Exception:  # damaged files surface as OSError, SyntaxError, ValueError, struct.error, ...
         return
     if sizes[0] != sizes[1]:
-        raise _other_size(mask, sizes[0], image, sizes[1])
+        raise other_size(mask, sizes[0], image, sizes[1])
 
 
 def fit_image(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -117,7 +117,8 @@ def pad_to(pixels: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
     return np.pad(pixels, missing + [(0, 0)] * (pixels.ndim - 2), mode=mode)  # type: ignore[call-overload]
 
 
-def _other_size(mask: str, size: tuple[int, ...], image: str, its_size: tuple[int, ...]) -> UsageError:
+def other_size(mask: str, size: tuple[int, ...], image: str, its_size: tuple[int, ...]) -> UsageError:
+    """A mask of (height, width) `size` is not as large as its image."""
     return UsageError(
         f"the mask {mask!r} has {size[0]} x {size[1]} pixels (height x width), but its image {image!r} has "
         f"{its_size[0]} x {its_size[1]}; a mask must have the size of its image"

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from zoo.data.augmentation import SceneAugmentation
 from zoo.data.holdout import hold_out
-from zoo.data.labelled import leave_out
+from zoo.data.labelled import check_reading, leave_out
 from zoo.data.masks import size_of
 from zoo.data.sampler import EpochSampler
 from zoo.data.segmentation_classes import ClassList, make_classes, read_classes, read_lines, read_values
@@ -114,7 +114,7 @@ class Segmentation(LightningDataModule):
 
     @property
     def palette(self) -> list[tuple[int, int, int]]:
-        """A colour (red, green, blue) for each class: that of the masks, or Pascal VOC's for its number."""
+        """A colour (red, green, blue) for each class: that of the masks, or one that differs from the others."""
         return self._class_list().palette
 
     @property
@@ -324,27 +324,13 @@ def _check(given: Any) -> None:
     for name in ("crop_size", "eval_size"):
         if given[name] is not None and min(_pair(given[name])) < 1:
             raise UsageError(f"{name}={given[name]}: give a positive side, or (height, width)")
-    if given.in_chans not in (1, 3):
-        raise UsageError(f"in_chans={given.in_chans}: images are read with 3 channels, or 1 for grey")
-    if given.layout not in ("auto", *LAYOUTS):
-        raise unknown("layout", given.layout, ("auto", *LAYOUTS))
-    if given.on_error not in ("skip", "raise"):
-        raise unknown("on_error", given.on_error, ("skip", "raise"))
-    for name, least in (("batch_size", 1), ("num_workers", 0), ("first_value", 0)):
-        if given[name] < least:
-            raise UsageError(f"{name}={given[name]}: it must be {least} or more")
-    if given.val_split is not None and not 0 < given.val_split < 1:
-        raise UsageError(f"val_split={given.val_split}: a share of the images lies between 0 and 1")
+    check_reading(given, LAYOUTS)
+    if given.first_value < 0:
+        raise UsageError(f"first_value={given.first_value}: it must be 0 or more")
     if len(given.scale) != 2 or not 0 < given.scale[0] <= given.scale[1]:
         raise UsageError(f"scale={given.scale}: give the smallest and the largest factor, for instance [0.5, 2.0]")
-    for name in ("hflip", "vflip"):
-        if not 0 <= given[name] <= 1:
-            raise UsageError(f"{name}={given[name]}: a probability lies between 0 and 1")
-    if not 0 <= given.rotate <= 180:
-        raise UsageError(f"rotate={given.rotate}: degrees lie between 0 and 180")
-    for name in ("brightness", "contrast", "saturation"):
-        if not 0 <= given[name] < 1:
-            raise UsageError(f"{name}={given[name]}: a change lies between 0 (off) and 1")
+    if not 0 <= given.saturation < 1:
+        raise UsageError(f"saturation={given.saturation}: a change lies between 0 (off) and 1")
     if not 0 <= given.hue <= 0.5:
         raise UsageError(f"hue={given.hue}: a share of the circle of colours lies between 0 (off) and 0.5")
     if given.in_chans == 1 and (given.saturation or given.hue):

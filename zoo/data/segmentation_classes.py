@@ -8,11 +8,18 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from zoo.data.masks import other_size
 from zoo.errors import UsageError
 
 # Stands for pixels without a class in a list of classes.
 IGNORE = "ignore"
 _STRANGE = -2  # what a value becomes that stands for nothing
+# Without a bright red, which says "wrong" in pictures.
+_DISTINCT = (
+    *((45, 45, 45), (60, 180, 75), (67, 99, 216), (255, 225, 25), (145, 30, 180), (66, 212, 244), (245, 130, 49)),
+    *((240, 50, 230), (191, 239, 69), (0, 128, 128), (250, 190, 212), (128, 0, 0), (154, 99, 36), (220, 190, 255)),
+    *((170, 255, 195), (0, 0, 117), (128, 128, 0), (255, 250, 200), (0, 90, 0), (255, 155, 140)),
+)
 _LINE = re.compile(r"\s*(?P<name>.*?)\s*(?:=\s*(?P<value>\d+)(?:[\s,]+(?P<green>\d+)[\s,]+(?P<blue>\d+))?)?\s*")
 
 
@@ -97,13 +104,17 @@ def make_classes(lines: Sequence[str], where: str, ignore_index: int, first_valu
     codes = np.array(sorted(known), dtype=np.int64)
     labels = np.array([known[code] for code in sorted(known)], dtype=np.int64)
     by_label = {label: code for code, label in known.items()}
-    palette = [_rgb(by_label[n]) for n in range(len(names))] if coloured else voc_palette(len(names))
+    palette = [_rgb(by_label[n]) for n in range(len(names))] if coloured else default_palette(len(names))
     return ClassList(names, codes, labels, coloured, palette)
 
 
-def voc_palette(count: int) -> list[tuple[int, int, int]]:
-    """Colours that Pascal VOC's development kit gives the numbers from 0 on: black, dark red, dark green, ..."""
-    return [_colour(number) for number in range(count)]
+def default_palette(count: int) -> list[tuple[int, int, int]]:
+    """Colours for the numbers from 0 on, which is dark for the background that it often is; no two of them alike.
+
+    The first 20 are easily told apart; of Pascal VOC's, which come after them, many are shades of dark red, green and
+    blue.
+    """
+    return list(dict.fromkeys([*_DISTINCT, *(_voc_colour(number) for number in range(count))]))[:count]
 
 
 def read_lines(path: Path) -> list[str]:
@@ -134,10 +145,7 @@ def read_classes(path: str, image: str, size: tuple[int, int], classes: ClassLis
     """
     values = read_values(path, classes.coloured)
     if values.shape != tuple(size):
-        raise UsageError(
-            f"the mask {path!r} has {values.shape[0]} x {values.shape[1]} pixels (height x width), but its image "
-            f"{image!r} has {size[0]} x {size[1]}; a mask must have the size of its image"
-        )
+        raise other_size(path, values.shape, image, size)
     labels = _look_up(values, classes)
     wrong = labels == _STRANGE
     if wrong.any():
@@ -233,7 +241,7 @@ def _rgb(code: int) -> tuple[int, int, int]:
     return int(code) >> 16, int(code) >> 8 & 255, int(code) & 255
 
 
-def _colour(number: int) -> tuple[int, int, int]:
+def _voc_colour(number: int) -> tuple[int, int, int]:
     parts = [0, 0, 0]
     for step in range(8):
         for channel in range(3):

@@ -16,7 +16,7 @@ from zoo.heads import create_detector
 from zoo.heads.anomaly import AnomalyOutput
 from zoo.tasks.anomaly_metrics import Measures
 from zoo.tasks.backbone import own_size
-from zoo.tasks.base import Task, check_same, check_training_values, pair
+from zoo.tasks.base import Task, check_head_options, check_same, check_training_values, pair
 from zoo.tasks.batches import images_of
 from zoo.tasks.callbacks import ProgressBar, RunRecord
 from zoo.tasks.callbacks.anomaly_report import AnomalyReport
@@ -92,6 +92,7 @@ class AnomalyDetection(Task):
         super().__init__()
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         check_training_values(arguments)
+        check_head_options(head_options)
         if not 0 <= false_alarms < 1:
             raise UsageError(f"false_alarms={false_alarms}: a share of the good images lies in [0, 1)")
         size = pair(img_size) if img_size is not None else own_size(backbone)

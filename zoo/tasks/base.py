@@ -160,6 +160,14 @@ def check_training_values(given: Mapping[str, Any]) -> None:
             raise UsageError(f"{key}={given[key]}: it cannot be negative")
 
 
+def check_head_options(options: Mapping[str, Any] | None) -> None:
+    """Raises UsageError where options of a head name what is an option of the task itself."""
+    own = ("backbone", "num_classes", "img_size", "in_chans", "pretrained", "backbone_options", "layers")
+    taken = [name for name in own if name in (options or {})]
+    if taken:
+        raise UsageError(f"head_options holds {', '.join(taken)}, which the task itself says; leave it out there")
+
+
 def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Raises UsageError where a checkpoint's hyperparameters differ from those at hand in one of `names`.
 

@@ -10,11 +10,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from zoo.data.segmentation import WEIGHTS
-from zoo.data.segmentation_classes import voc_palette
+from zoo.data.segmentation_classes import default_palette
 from zoo.errors import UsageError, unknown
 from zoo.heads import create_segmenter
 from zoo.tasks.backbone import own_size
-from zoo.tasks.base import Task, check_same, check_training_values, pair
+from zoo.tasks.base import Task, check_head_options, check_same, check_training_values, pair
 from zoo.tasks.batches import images_of
 from zoo.tasks.callbacks.segmentation_report import SegmentationReport
 from zoo.tasks.classification import check_same_classes
@@ -45,8 +45,8 @@ class Segmentation(Task):
         head: of `zoo.heads.list_heads("segmentation")`.
         backbone: the encoder, any timm name, ours included.
         class_names: one per class, in the order of their numbers. The command line takes them from the data.
-        palette: a colour (red, green, blue) per class, for pictures; the command line takes it from the data, else
-            Pascal VOC's.
+        palette: a colour (red, green, blue) per class, for pictures; the command line takes it from the data, which
+            has colours of its own for classes without one.
         ignore_index: class number of pixels without a class.
         img_size: side, or (height, width), of training images; the backbone's own when absent. An encoder that takes
             one size alone sees larger images by windows of it.
@@ -123,7 +123,7 @@ class Segmentation(Task):
             raise UsageError(f"window={window}: {backbone} takes images of {size[0]} x {size[1]} alone; leave it away")
         # A window that the encoder asks for has an overlap without being asked.
         self.overlap = check_window(self.window, window_overlap)
-        colours = [list(colour) for colour in palette] or voc_palette(len(class_names))
+        colours = [list(colour) for colour in palette] or default_palette(len(class_names))
         # The resolved values, so that a checkpoint needs neither the data nor a later version's defaults.
         arguments |= {"img_size": list(size), "class_names": list(class_names), "palette": colours}
         self.save_hyperparameters(plain(arguments), logger=False)
@@ -291,5 +291,6 @@ def _check_values(given: Mapping[str, Any]) -> None:
     if given["loss"] not in LOSSES:
         raise unknown("loss", given["loss"], LOSSES)
     check_training_values(given)
+    check_head_options(given["head_options"])
     if not 0 <= given["label_smoothing"] < 1:
         raise UsageError(f"label_smoothing={given['label_smoothing']}: it lies in [0, 1)")
