@@ -229,6 +229,9 @@ def test_wrong_input():
         segmentation_loss("dise", logits, target)
     with pytest.raises(UsageError, match="do not belong together"):
         segmentation_loss("dice", logits[..., :3], target)
+    # Of one class, every pixel that is not 0 would be taught to be what 0 is not, in silence.
+    with pytest.raises(UsageError, match="give two, one of them for the background"):
+        segmentation_loss("bce_dice", logits[:, :1], target.clamp(max=1))
     with pytest.raises(UsageError, match="2 outputs but 3 weights"):
         segmentation_loss("dice", [logits, logits], target, weights=[1, 1, 1])
     with pytest.raises(UsageError, match="4 classes but 2 weights"):

@@ -179,6 +179,11 @@ def segmentation_loss(
                 f"logits {tuple(output.shape)} and truth {tuple(target.shape)} do not belong together: they must be "
                 "(B, K, H, W) and (B, H, W)"
             )
+        if output.shape[1] < 2:
+            raise UsageError(
+                f"logits {tuple(output.shape)} are of one class, which no other is told from: give two, one of "
+                "them for the background"
+            )
     factors = [1.0] * len(outputs) if weights is None or single else list(weights)
     if len(factors) != len(outputs):
         raise UsageError(f"there are {len(outputs)} outputs but {len(factors)} weights for them; give one each")
