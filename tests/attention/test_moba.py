@@ -93,6 +93,16 @@ def test_equal_blocks_never_exceed_the_count():
     assert ((weights > 0).sum(-1) == 8).all()
 
 
+def test_of_equal_blocks_the_first_are_seen():
+    """In a flat image, on every machine and in an exported network; their gates differ by rounding alone."""
+    attention = make("moba", block_size=2, top_blocks=3).float()
+    grid = (10, 12)
+    tile = [row // 2 * 6 + column // 2 for row, column in cells(grid)]
+    seen = attention.attention_map(torch.full((1, 120, 16), 0.3), grid)[0] > 0
+    want = [[tile[m] in [tile[n], *[t for t in range(3) if t != tile[n]][:2]] for m in range(120)] for n in range(120)]
+    assert torch.equal(seen, torch.tensor(want).expand_as(seen))
+
+
 def test_declared_cost_is_what_is_computed():
     attention = create_attention("moba", 32)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

@@ -244,6 +244,15 @@ def test_nothing_that_could_be_trained_is_an_error(zoo, plan_file, in_process):
     assert "Did you mean" in done.err
 
 
+def test_what_failed_is_said_where_the_first_entry_was_not_asked_for(zoo, plan_file, in_process):
+    done = zoo(
+        "compare", "--config", str(plan_file(attentions=["softmax", "uniform"])), "--only", "uni*", "--data.x", "3"
+    )
+    assert done.status == 2
+    assert "the first says: None" not in done.err
+    assert "no entry could be trained; the first says: " in done.err
+
+
 def test_the_accelerator_of_a_test_is_that_of_the_training():
     assert compare.accelerator(["--a", "b", "--trainer.accelerator", "cpu"]) == ["--trainer.accelerator=cpu"]
     assert compare.accelerator(["--trainer.accelerator=gpu", "--x"]) == ["--trainer.accelerator=gpu"]

@@ -8,6 +8,7 @@ none is hidden.
 import torch
 from torch import Tensor
 
+from zoo.attention._choose import first_best
 from zoo.attention._pairs import PairAttention, places
 from zoo.attention.base import Grid
 from zoo.attention.registry import register_attention
@@ -27,9 +28,9 @@ from zoo.kernels.precision import without_autocast
 class MobaAttention(PairAttention):
     """Softmax attention of each query, in each head, to its own tile and the best others: q . mean of the tile's keys.
 
-    The choice has no parameters and no gradient. Tiles at the edges may be smaller. Prefix tokens see all, are seen by
-    all and belong to no tile. All N x N weights are computed, under a mask of every image and head: where there are
-    many tokens this needs more memory than softmax attention.
+    The choice has no parameters and no gradient; of tiles that fit alike the first ones count. Tiles at the edges may
+    be smaller. Prefix tokens see all, are seen by all and belong to no tile. All N x N weights are computed, under a
+    mask of every image and head: where there are many tokens this needs more memory than softmax attention.
 
     Args:
         dim: channels of x.
@@ -72,7 +73,7 @@ class MobaAttention(PairAttention):
         member = tile[:, None] == torch.arange(blocks, device=q.device)[None, :]
         gate = self._gate(q, k, member, key_mask) if torch.jit.is_scripting() else self._precise(q, k, member, key_mask)
         gate = gate.masked_fill(member, float("inf"))
-        best = gate.topk(min(self.top_blocks, blocks), dim=-1, sorted=False).indices
+        best = first_best(gate, min(self.top_blocks, blocks))
         chosen = torch.zeros_like(gate, dtype=torch.bool).scatter(-1, best, True)
         return chosen[:, :, :, tile]
 

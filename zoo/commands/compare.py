@@ -53,7 +53,8 @@ def run(command: str, arguments: list[str]) -> None:
             report(folder, plan, records)
     rows = report(folder, plan, records)
     if not any(row["seeds"] for row in rows):
-        raise UsageError(f"no entry could be trained; the first says: {rows[0]['failed']}. Logs: {folder}")
+        reason = next(row["failed"] for row in rows if row["failed"])
+        raise UsageError(f"no entry could be trained; the first says: {reason}. Logs: {folder}")
     close(folder, rows)
 
 
