@@ -14,11 +14,12 @@ def variants():
     """How many binaries every kernel of ours has by now."""
     import triton
 
+    from zoo.kernels.focused_linear_attention import triton_kernels as focused_kernels
     from zoo.kernels.halo_attention import triton_kernels
     from zoo.kernels.lambda_attention import triton_gradients, triton_lambdas
 
     found = {}
-    for module in (triton_kernels, triton_lambdas, triton_gradients):
+    for module in (focused_kernels, triton_kernels, triton_lambdas, triton_gradients):
         for name, function in vars(module).items():
             if isinstance(function, triton.runtime.JITFunction) and not name.startswith("_"):
                 found[name] = sum(len(cache[0]) for cache in function.device_caches.values())
@@ -39,9 +40,15 @@ def position_lambdas(batch):
     kernels.lambda_attention(*leaves, impl="triton").sum().backward()
 
 
+def focused(batch):
+    leaves = [torch.randn(batch, 196, 3 * 96, device="cuda", dtype=torch.bfloat16), torch.randn(1, 196, 96).cuda()]
+    qkv, positions, scale = (t.requires_grad_() for t in (*leaves, torch.rand(96, device="cuda") + 0.5))
+    kernels.focused_linear_attention(*qkv.chunk(3, dim=2), positions, scale, 3, impl="triton").sum().backward()
+
+
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("step", [halo, position_lambdas])
+@pytest.mark.parametrize("step", [focused, halo, position_lambdas])
 def test_ten_batch_sizes_compile_a_kernel_twice_at_most(step):
     before = variants()
     start = time.perf_counter()

@@ -20,10 +20,15 @@ ROOT = str(Path(__file__).resolve().parents[2])
 # Tensors for every op of the registry, and what follows them; a new op without an entry fails here.
 SAMPLES = {
     "context_broadcast": lambda: (torch.randn(2, 5, 3), torch.randn(3)),
+    "focused_linear_attention": lambda: (
+        *torch.randn(3, 2, 5, 6),
+        torch.randn(1, 5, 6),
+        torch.rand(6) + 0.5,
+    ),
     "halo_attention": lambda: (*torch.randn(3, 2, 5, 6, 2, 4), *torch.randn(2, 15, 4)),
     "lambda_attention": lambda: (torch.randn(2, 12, 9, 2, 4), torch.randn(2, 12, 9, 1, 3), torch.randn(3, 3, 4, 1)),
 }
-FIXED: dict[str, tuple] = {"halo_attention": (4, 2, 0.5)}
+FIXED: dict[str, tuple] = {"focused_linear_attention": (2, 3), "halo_attention": (4, 2, 0.5)}
 
 scripting_is_old = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning"
@@ -52,6 +57,14 @@ def test_the_kernel_runs_on_cuda_and_the_reference_on_the_cpu(cuda_tensor):
     assert dispatch.dispatch(toy(), "triton", cuda_tensor) == "triton"
     assert dispatch.dispatch(toy(), "reference", cuda_tensor) == "reference"
     assert dispatch.dispatch(toy(), "auto", torch.empty(2)) == "reference"
+
+
+def test_auto_leaves_out_a_kernel_without_a_record_of_its_gain(cuda_tensor, monkeypatch):
+    unproven = toy(auto=False, auto_in_compile=True)
+    assert dispatch.dispatch(unproven, "auto", cuda_tensor) == "reference"
+    assert dispatch.dispatch(unproven, "triton", cuda_tensor) == "triton"
+    monkeypatch.setattr(dispatch, "DEFAULT", "triton")
+    assert dispatch.dispatch(unproven, "auto", cuda_tensor) == "triton"
 
 
 def test_auto_falls_back_and_an_explicit_choice_says_why_not(cuda_tensor, monkeypatch):

@@ -19,7 +19,7 @@ from tools.bench.timing import measure
 # Group -> names of kernels (GPU) or operators (CPU) that belong to it; the first that matches counts.
 GROUPS = (
     ("change of layout", r"nchwToNhwc|nhwcToNchw|nchw_to_nhwc|nhwc_to_nchw|convertTensor"),
-    ("ours", r"zoo::|context_broadcast|halo_attention|lambda_attention"),
+    ("ours", r"zoo::|context_broadcast|focused_linear_attention|halo_attention|lambda_attention"),
     ("depthwise convolution", r"depthwise|dwconv|conv2d_c1_k1|grouped_direct"),
     ("attention of torch", r"fmha|flash|scaled_dot_product|mem_eff|cutlassF|cutlassB"),
     ("batch norm", r"batch_norm|batchnorm|bn_fw|bn_bw"),

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo import kernels
 from zoo.attention.base import Attention, Grid, check_heads
 from zoo.attention.depthwise import check_kernel, depthwise_tokens
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
+from zoo.kernels.focused_linear_attention.reference import by_head, focus, focused_keys, normalised
 from zoo.kernels.precision import without_autocast
 from zoo.layers.position import TableResize
 
@@ -67,8 +69,6 @@ class FocusedLinearAttention(Attention):
         if focusing_factor < 1:
             raise UsageError(f"attention 'focused_linear': focusing_factor={focusing_factor}, it must be at least 1")
         self.focusing_factor = focusing_factor
-        # The paper's: keeps queries, keys and the normaliser away from zero.
-        self.eps = 1e-6
         kernel = check_kernel("focused_linear", "kernel_size", kernel_size)
         local = check_kernel("focused_linear", "lepe", lepe, smallest=0)
         rows = num_prefix_tokens + self.grid_size[0] * self.grid_size[1]
@@ -93,27 +93,15 @@ class FocusedLinearAttention(Attention):
         if bias is not None:
             raise ValueError("attention 'focused_linear' has no logits, so it takes no bias; use 'softmax' for that")
         grid = self.token_grid(x, grid)
-        q, k, v = self.project(x, grid, key_mask)
-        # The values of float16 end where sums over thousands of tokens may go.
-        work = torch.float32 if v.dtype == torch.float16 else v.dtype
-        values = v.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2).to(work)
-        q, k = q.to(work), k.to(work)
-        out = self._weigh(q, k, values) if torch.jit.is_scripting() else self._weigh_precisely(q, k, values)
-        out = out.transpose(1, 2).flatten(2).to(v.dtype)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        positions = self.resize(self.positional_encoding, grid)
+        out = kernels.focused_linear_attention(
+            q, k, v, positions, self.stretch(v), self.num_heads, self.focusing_factor, key_mask
+        )
         out = out + self.depthwise(v, grid, key_mask)
         if key_mask is not None:
             out = out.masked_fill(~key_mask.any(dim=1)[:, None, None], 0.0)
         return self.proj_drop(self.proj(out))
-
-    @staticmethod
-    def _weigh(q: Tensor, k: Tensor, values: Tensor) -> Tensor:
-        return q @ (k.transpose(-2, -1) @ values * q.shape[2] ** -0.5)
-
-    @torch.jit.unused
-    def _weigh_precisely(self, q: Tensor, k: Tensor, values: Tensor) -> Tensor:
-        # A query that meets no key is divided by 1e-6 and would leave float16, which autocast went back to.
-        with without_autocast(q):
-            return self._weigh(q, k, values)
 
     def attention_map(
         self, x: Tensor, grid: Grid | None = None, key_mask: Tensor | None = None, bias: Tensor | None = None
@@ -122,39 +110,19 @@ class FocusedLinearAttention(Attention):
 
         A row sums to 1 minus the share of the normaliser's 1e-6.
         """
-        q, k, _ = self.project(x, self.token_grid(x, grid), key_mask)
-        with without_autocast(x):
-            return (q.float() @ k.float().transpose(-2, -1)) * x.shape[1] ** -0.5
-
-    def project(self, x: Tensor, grid: tuple[int, int], key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised f(q), f(k) / sqrt(tokens): (B, heads, tokens, head_dim), float32 or wider; v (B, tokens, C).
-
-        The square root belongs to the mean over keys; the other one is left to the caller, so that neither factor of
-        the sum grows with the tokens.
-        """
+        grid = self.token_grid(x, grid)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        wide = torch.promote_types(v.dtype, torch.float32)
-        scale = F.softplus(self.scale.to(wide))
-        k = k.to(wide) + self.resize(self.positional_encoding, grid)
-        root = x.shape[1] ** -0.5
-        q = self.focus(q.to(wide), scale, 1.0)
-        k = self.focus(k, scale, root)
-        if key_mask is not None:
-            count = key_mask.sum(dim=1, keepdim=True).clamp(min=1)
-            k = k * (key_mask * (x.shape[1] / count))[:, :, None].to(wide)
-        mean = k.sum(dim=1, keepdim=True) * root
-        heads = (self.num_heads, self.head_dim)
-        normaliser = (q * mean).unflatten(2, heads).sum(dim=-1, keepdim=True) + self.eps
-        q = q.unflatten(2, heads) / normaliser
-        return q.transpose(1, 2), k.unflatten(2, heads).transpose(1, 2), v
+        wide, scale, power = torch.promote_types(v.dtype, torch.float32), self.stretch(v), self.focusing_factor
+        with without_autocast(x):
+            keys = focused_keys(k.to(wide), self.resize(self.positional_encoding, grid), scale, power, key_mask)
+            queries = normalised(focus(q.to(wide), scale, power), keys, self.num_heads)
+            queries, keys = by_head(queries.float(), self.num_heads), by_head(keys.float(), self.num_heads)
+            weights = (queries @ keys.transpose(1, 2)) * x.shape[1] ** -0.5
+        return weights.unflatten(0, (x.shape[0], self.num_heads))
 
-    def focus(self, x: Tensor, scale: Tensor, gain: float) -> Tensor:
-        """gain * ||t|| * t^p / ||t^p|| over all channels, for t = (relu(x) + 1e-6) / scale."""
-        x = (x.relu() + self.eps) / scale
-        norm = x.norm(2, dim=-1, keepdim=True)
-        # Unit length first: the power of a token that ReLU silenced would fall below the smallest float32.
-        power = (x / norm) ** self.focusing_factor
-        return power * (gain * norm / power.norm(2, dim=-1, keepdim=True))
+    def stretch(self, like: Tensor) -> Tensor:
+        """What divides each channel of queries and keys: (dim_out,), positive, float32 or wider."""
+        return F.softplus(self.scale.to(torch.promote_types(like.dtype, torch.float32))).flatten()
 
     def depthwise(self, v: Tensor, grid: tuple[int, int], key_mask: Tensor | None = None) -> Tensor:
         """What is added to the weighted values: the convolutions of v (B, tokens, C)."""

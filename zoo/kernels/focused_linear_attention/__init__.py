@@ -1,0 +1,1 @@
+"""Focused linear attention: weights of powers of queries and keys, never formed."""
