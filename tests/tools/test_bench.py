@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -434,7 +435,8 @@ def test_profile_says_where_the_time_goes(capsys):
     assert cli.main(["profile", "resnet18", "--quick", "--device", "cpu", "--top", "3"]) == 0
     said = capsys.readouterr().out
     assert "  convolution\n" in said
-    assert "aten::convolution_backward" in said
+    # Its name depends on the processor: those that oneDNN has no bfloat16 for take a slower operator.
+    assert re.search(r"aten::\w*conv\w*_backward\n", said)
     assert "no GPU" in said
 
 
