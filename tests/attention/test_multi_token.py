@@ -1,5 +1,7 @@
 """Multi-token attention against the equations of arXiv 2504.00927 on a grid, as loops in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -47,15 +49,21 @@ def hide(weights, seen, queries=True):
     return out
 
 
+def by_place(kernel):
+    """(a * a, c, c) with the query's offsets row by row -> (a, a, c, c)."""
+    side = math.isqrt(kernel.shape[0])
+    return kernel.unflatten(0, (side, side))
+
+
 def answer(attention, x, grid, prefix=0, seen=None):
     h = attention.num_heads
     seen = [True] * len(x) if seen is None else seen
     q, k, v = (heads(part, h) for part in project(attention.qkv, x, DIM, DIM, DIM))
     logits = [hide(products(q[a], k[a], (DIM / h) ** -0.5), seen) for a in range(h)]
-    logits = [convolve_loop(logits[a], attention.logit_kernel[a], grid, prefix, seen) for a in range(h)]
+    logits = [convolve_loop(logits[a], by_place(attention.logit_kernel[a]), grid, prefix, seen) for a in range(h)]
     mixed = [sum(attention.logit_mix[b, a] * logits[a] for a in range(h)) for b in range(h)]
     weights = [hide(softmax_rows(one, seen), seen) for one in mixed]
-    weights = [convolve_loop(weights[a], attention.weight_kernel[a], grid, prefix, seen) for a in range(h)]
+    weights = [convolve_loop(weights[a], by_place(attention.weight_kernel[a]), grid, prefix, seen) for a in range(h)]
     weights = [hide(one, seen, queries=False) for one in weights]
     group = attention.weight_mix.shape[1]
     out = []
@@ -147,7 +155,7 @@ def test_a_kernel_moves_query_and_key_together():
     attention, x = plain(make("multi_token", num_heads=HEADS, norm=False)), image(12)
     with torch.no_grad():
         attention.logit_kernel.zero_()
-        attention.logit_kernel[:, 2, 1, 2, 1] = 1
+        attention.logit_kernel[:, 2 * 3 + 1, 2, 1] = 1
     weights = attention.attention_map(x, GRID)
     q, k, _ = (heads(part, HEADS) for part in project(attention.qkv, x[0], DIM, DIM, DIM))
     logits = products(q[0], k[0], WIDTH**-0.5)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models import reparameterize_model
 from torch import nn
 
 import zoo  # noqa: F401  (registers the models)
@@ -347,3 +348,34 @@ def test_inductor_compiles_it(name):
     model = randomise(make(name))
     compiled = torch.compile(model, fullgraph=True)
     torch.testing.assert_close(compiled(images()), model(images()), **NEAR)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"conv_stem": True, "conv_down": True, "init_values": 0.5}, {"attn": "softmax"}, {"qkv_bias": False}],
+    ids=str,
+)
+@torch.no_grad()
+def test_fused_network_answers_the_same(options):
+    torch.manual_seed(0)
+    model = UniFormer(num_classes=7, embed_dims=(8, 16, 24, 32), depths=(2, 1, 1, 1), head_dim=8, **options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    fused = copy.deepcopy(model.train()).fuse()
+    model.eval()
+    assert not fused.training
+    for size in ((64, 64), (50, 71)):
+        x = torch.randn(2, 3, *size)
+        # float32 products of folded weights against a norm's own scale and shift.
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+    block = fused.stages[0].blocks[0]
+    assert type(block.pos_embed) is nn.Conv2d
+    assert isinstance(block.norm2, nn.Identity)
+    assert isinstance(block.norm1, nn.Identity) == ("attn" not in options)
+    assert torch.equal(copy.deepcopy(fused).fuse()(x), fused(x))
+    # As timm's own tool does it, block by block.
+    torch.testing.assert_close(reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)

@@ -180,7 +180,10 @@ def test_triton_equals_the_loop_with_every_gradient(case, dtype, triton, triton_
     q, k, v, positions, scale = tensors(*case[:3])
     # As in training under autocast: tables stay in float32.
     inputs = [*(t.to(dtype) for t in (q, k, v)), positions.float(), scale.float()]
-    compare(triton, triton_device, inputs, case[3:], BOUND[dtype])
+    # Of three tokens the weights hardly depend on query and scale: their gradients are small rests of terms that cancel.
+    # With operands rounded so, and sums exact, they are off by 1.6e-3 in float16 and by 2.3e-2 in bfloat16.
+    few = 3 if case[1] == 3 and dtype != torch.float32 else 1
+    compare(triton, triton_device, inputs, case[3:], few * BOUND[dtype])
 
 
 @pytest.mark.gpu

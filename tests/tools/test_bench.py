@@ -440,6 +440,17 @@ def test_profile_says_where_the_time_goes(capsys):
     assert "no GPU" in said
 
 
+def test_profile_of_inference(capsys):
+    command = ["profile", "zoo_shvit_s4", "--quick", "--device", "cpu", "--top", "1", "--pass", "inference"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert "(ours, eager), inference, batch 2:" in said
+    assert "backward" not in said
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--mode", "recipe"])
+    assert "'recipe' is not one of inference" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("kernel", "group"),
     [

@@ -5,7 +5,7 @@ python -m tools.bench attentions [PATTERN]  every mechanism beside softmax atten
 python -m tools.bench networks [PATTERN]    whole networks: inference and training
 python -m tools.bench headlines [PATTERN]   the ratios that papers advertise, with ours beside them
 python -m tools.bench list                  the names of all cases
-python -m tools.bench profile NETWORK       where the time of one training step goes
+python -m tools.bench profile NETWORK       where the time of one step goes
 python -m tools.bench report [--check]      write BENCHMARKS.md from all records, or fail if it is not what they say
 
 Exit status: 0 done, 1 ours was wrong or failed (or the page is out of date), 2 bad usage.
@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--quick", action="store_true", help="toy sizes and few repeats: shows that it runs")
         if name == "profile":
             one.add_argument("network", help="a case of `list`, or any name that timm.create_model knows")
-            one.add_argument("--mode", choices=("eager", "compile", "recipe"), default="eager")
+            one.add_argument("--mode", choices=("eager", "compile", "recipe", "fused"), default="eager")
+            one.add_argument("--pass", dest="what", choices=("training", "inference"), default="training")
             one.add_argument("--side", choices=("ours", "timm"), default="ours")
             one.add_argument("--top", type=int, default=15, help="single kernels to list (default 15)")
             continue
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
 
         load_registry()
         try:
-            return profile(args.network, device_of(args, top), args.mode, args.side, args.quick, args.top)
+            return profile(args.network, device_of(args, top), args.mode, args.side, args.what, args.quick, args.top)
         except ValueError as error:
             top.error(str(error))
     return bench(args, top)

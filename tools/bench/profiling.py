@@ -1,4 +1,4 @@
-"""Where the time of one training step goes, and whether the host or the GPU is the limit."""
+"""Where the time of one step of a network goes, and whether the host or the GPU is the limit."""
 
 import re
 from collections import defaultdict
@@ -13,7 +13,7 @@ from torch.profiler import profile as torch_profile
 from tools.bench.cases import CASES, NetworkCase
 from tools.bench.networks import create
 from tools.bench.run import Options
-from tools.bench.run_network import build_training
+from tools.bench.run_network import build_inference, build_training
 from tools.bench.timing import measure
 
 # Group -> names of kernels (GPU) or operators (CPU) that belong to it; the first that matches counts.
@@ -106,18 +106,30 @@ def collect(step, steps: int, device: str) -> tuple[dict[str, tuple[float, int]]
     return found, busy_ms(spans) / steps
 
 
-def profile(name: str, device: str, mode: str, side: str, quick: bool, top: int) -> int:
-    """Prints the groups of kernels of a training step, the largest kernels, and which of host and GPU is the limit."""
+def profile(name: str, device: str, mode: str, side: str, what: str, quick: bool, top: int) -> int:
+    """Prints the groups of kernels of a step, the largest kernels, and which of host and GPU is the limit.
+
+    Args:
+        what: the step, "training" or "inference".
+
+    Raises:
+        ValueError: there is no such network, or it has no such side or no such mode.
+    """
     case = case_of(name)
     if (case.ours if side == "ours" else case.peer) is None:
         raise ValueError(f"{name} has no side {side!r}")
+    if (what, mode) in (("inference", "recipe"), ("training", "fused")):
+        raise ValueError(f"mode {mode!r} is not one of {what}; take eager or compile")
     options = Options(device, quick)
-    _, step, batch, _, _ = build_training(case, side, mode, options, check=False)
+    if what == "training":
+        _, step, batch, _, _ = build_training(case, side, mode, options, check=False)
+    else:
+        step, batch, _ = build_inference(case, side, mode, options, check=False)
     wall = measure([step], device, quick).median_ms
     steps = 1 if quick else 5
     found, busy = collect(step, steps, device)
     speed = 1e3 * batch / wall
-    print(f"{case.title} ({side}, {mode}), training, batch {batch}: {wall:.2f} ms a step, {speed:,.0f} images/s")
+    print(f"{case.title} ({side}, {mode}), {what}, batch {batch}: {wall:.2f} ms a step, {speed:,.0f} images/s")
     print_groups(found, steps)
     total = sum(ms for ms, _ in found.values())
     print(f"\n{'ms':>9} {'share':>6} {'count':>6}  the {min(top, len(found))} largest")

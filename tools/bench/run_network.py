@@ -146,24 +146,31 @@ def settled(case: NetworkCase, network: nn.Module, size: int, options: Options) 
     return reference
 
 
-def _inference(case: NetworkCase, side: str, mode: str, options: Options) -> dict[str, Any]:
-    options.within_budget()
+def build_inference(
+    case: NetworkCase, side: str, mode: str, options: Options, check: bool = True
+) -> tuple[Callable[[], Tensor], int, dict[str, Any]]:
+    """A step of a network in evaluation mode, the batch, and what the check of its answer found."""
     batch = 2 if options.quick else case.inference_batch
-    memory = Memory(options.device)
     network, size = make(case, side, options)
     images = draw_images(network, batch, size, options.device)
-    reference = settled(case, network, size, options) if side == "ours" else None
+    reference = settled(case, network, size, options) if check and side == "ours" else None
     runner = prepare(network.eval(), mode)
-    check = {}
+    found = {}
     if reference is not None:
-        check = {"check": check_network(runner, reference, images, autocast(options.device), False)}
-    del reference
-    tidy_cache(options)
+        found = {"check": check_network(runner, reference, images, autocast(options.device), False)}
 
     def step() -> Tensor:
         with torch.inference_mode(), torch.autocast(options.device, torch.bfloat16):
             return runner(images)
 
+    return step, batch, found
+
+
+def _inference(case: NetworkCase, side: str, mode: str, options: Options) -> dict[str, Any]:
+    options.within_budget()
+    memory = Memory(options.device)
+    step, batch, check = build_inference(case, side, mode, options)
+    tidy_cache(options)
     return _numbers(step, memory, batch, options) | check
 
 

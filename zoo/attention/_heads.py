@@ -5,11 +5,11 @@ Two bases: `FusedAttention` hands q, k and v to torch's fused kernel, which neve
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.base import Attention, Grid, check_heads, logit_bias, zero_without_keys
 from zoo.kernels.precision import without_autocast
+from zoo.layers.sdpa import dot_product_attention
 
 # The most numbers that one tensor over all pairs of tokens may have. 2**31 are 8 GiB in float32, of which training
 # keeps several, and where kernels with 32-bit indices end.
@@ -142,7 +142,7 @@ class FusedAttention(HeadAttention):
         """x (B, P + H*W, dim) -> (B, P + H*W, dim_out); see `Attention` for the rest."""
         q, k, v = self.project(x, grid, key_mask)
         drop = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=logit_bias(key_mask, bias, q.dtype), dropout_p=drop)
+        out = dot_product_attention(q, k, v, attn_mask=logit_bias(key_mask, bias, q.dtype), dropout_p=drop)
         return self.finish(zero_without_keys(out, key_mask))
 
     def attention_map(

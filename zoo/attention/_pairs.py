@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zoo.attention._heads import HeadAttention, check_map, split_heads
 from zoo.attention.base import MASKED, Grid, four_axes
 from zoo.kernels.precision import without_autocast
+from zoo.layers.sdpa import dot_product_attention
 
 
 def places(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,7 @@ class PairAttention(HeadAttention):
         q, k, v = self.project(x)
         allowed = self.allowed(q, k, self.token_grid(x, grid), key_mask)
         drop = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=pair_bias(allowed, bias, q.dtype), dropout_p=drop)
+        out = dot_product_attention(q, k, v, attn_mask=pair_bias(allowed, bias, q.dtype), dropout_p=drop)
         if key_mask is not None:
             out = out.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)
         return self.finish(out)

@@ -8,13 +8,13 @@ You Need", arXiv 1911.02150.
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention._heads import FusedAttention, masked_softmax, product, split_heads
 from zoo.attention.base import Grid, four_axes, logit_bias, zero_without_keys
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
+from zoo.layers.sdpa import dot_product_attention
 
 
 @register_attention(
@@ -104,7 +104,7 @@ class GroupedQueryAttention(FusedAttention):
         q, k, v = self.project(x, grid, key_mask)
         drop = self.attn_drop.p if self.training else 0.0
         added = self.group_bias(key_mask, bias, q)
-        out = F.scaled_dot_product_attention(self.group_queries(q), k, v, attn_mask=added, dropout_p=drop)
+        out = dot_product_attention(self.group_queries(q), k, v, attn_mask=added, dropout_p=drop)
         out = zero_without_keys(out, key_mask).reshape(q.shape)
         return self.finish(out)
 

@@ -6,7 +6,6 @@ network around, whose tokens carry positions already.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention._choose import first_best
@@ -17,6 +16,7 @@ from zoo.attention.registry import register_attention
 from zoo.attention.softmax import SoftmaxAttention
 from zoo.errors import UsageError
 from zoo.kernels.precision import without_autocast
+from zoo.layers.sdpa import dot_product_attention
 
 
 @register_attention(
@@ -104,7 +104,7 @@ class MosaAttention(Attention):
         q, k, v = self.project(x, chosen)
         added = self.unseen(chosen, key_mask, q.dtype)
         drop = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=drop)
+        out = dot_product_attention(q, k, v, attn_mask=added, dropout_p=drop)
         out = split_heads(self.merge(join_heads(out)), self.num_heads)
         out = (out * rate.to(out.dtype)[..., None]) @ self.proj.to(out.dtype)
         wide = torch.promote_types(out.dtype, torch.float32)

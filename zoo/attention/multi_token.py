@@ -81,8 +81,10 @@ class MultiTokenAttention(MapAttention):
             )
         query = check_kernel("multi_token", "query_kernel", query_kernel)
         key = check_kernel("multi_token", "key_kernel", key_kernel)
-        kernel = torch.zeros(num_heads, query, query, key, key)
-        kernel[:, query // 2, query // 2, key // 2, key // 2] = 1
+        # The query's places along one axis: with five axes no network that holds this could be made channels-last.
+        kernel = torch.zeros(num_heads, query**2, key, key)
+        kernel[:, query**2 // 2, key // 2, key // 2] = 1
+        self.query_kernel = query
         self.logit_kernel, self.weight_kernel = nn.Parameter(kernel), nn.Parameter(kernel.clone())
         self.logit_mix = nn.Parameter(torch.eye(num_heads))
         self.weight_mix = nn.Parameter(torch.eye(group).repeat(num_heads // group, 1, 1))
@@ -126,18 +128,19 @@ class MultiTokenAttention(MapAttention):
             return self._mix(logits, grid, key_mask)
 
     def convolve(self, x: Tensor, kernel: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Kernel (heads, a, a, c, c) over the pairs of places in x (B, heads, N, N); pairs with prefix tokens pass."""
+        """Kernel (heads, a * a, c, c) over the pairs of places in x (B, heads, N, N); pairs with prefix tokens pass."""
         prefix, batch, heads = self.num_prefix_tokens, x.shape[0], x.shape[1]
         height, width = grid
-        reach = kernel.shape[1] // 2
+        side = self.query_kernel
+        reach = side // 2
         # (B, rows, columns of queries, heads, rows, columns of keys)
         cells = x[:, :, prefix:, prefix:].unflatten(3, grid).unflatten(2, grid).permute(0, 2, 3, 1, 4, 5)
         cells = F.pad(cells, [0, 0, 0, 0, 0, 0, reach, reach, reach, reach])
         out = torch.zeros(batch * height * width, heads, height, width, dtype=x.dtype, device=x.device)
-        for row in range(kernel.shape[1]):
-            for column in range(kernel.shape[2]):
+        for row in range(side):
+            for column in range(side):
                 moved = cells[:, row : row + height, column : column + width].flatten(0, 2)
-                of_keys = kernel[:, row, column].unsqueeze(1).to(x.dtype)
+                of_keys = kernel[:, row * side + column].unsqueeze(1).to(x.dtype)
                 out = out + F.conv2d(moved, of_keys, padding=kernel.shape[3] // 2, groups=heads)
         out = out.flatten(2).unflatten(0, (batch, height * width)).transpose(1, 2)
         if prefix > 0:

@@ -11,6 +11,7 @@ from zoo.attention._heads import FusedAttention, masked_softmax, product, split_
 from zoo.attention.base import Grid, four_axes, logit_bias, zero_without_keys
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
+from zoo.layers.sdpa import dot_product_attention
 
 
 @register_attention(
@@ -98,7 +99,7 @@ class PersistentMemoryAttention(FusedAttention):
         q, k, v = self.project(x, grid, key_mask)
         drop = self.attn_drop.p if self.training else 0.0
         key_mask, bias = self.beside(key_mask, bias, x.shape[1])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=logit_bias(key_mask, bias, q.dtype), dropout_p=drop)
+        out = dot_product_attention(q, k, v, attn_mask=logit_bias(key_mask, bias, q.dtype), dropout_p=drop)
         return self.finish(zero_without_keys(out, key_mask))
 
     def attention_map(

@@ -18,6 +18,7 @@ from zoo.attention.base import Attention, Grid, check_heads, logit_bias, zero_wi
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
 from zoo.kernels.precision import without_autocast
+from zoo.layers.sdpa import dot_product_attention
 
 
 class RelativeSymbols(nn.Module):
@@ -171,7 +172,7 @@ class RelationalAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
         drop = self.attn_drop.p if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=drop)
+        return dot_product_attention(q, k, v, attn_mask=added, dropout_p=drop)
 
     def gather(self, x: Tensor, q: Tensor, k: Tensor, grid: tuple[int, int], added: Tensor | None) -> Tensor:
         """Answers (B, relational heads, tokens, head_dim) before their projection."""

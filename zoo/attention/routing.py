@@ -18,6 +18,7 @@ from zoo.attention.registry import register_attention
 from zoo.attention.window import grid_tokens, make_cut, split, window_tokens
 from zoo.errors import UsageError
 from zoo.kernels.precision import without_autocast
+from zoo.layers.sdpa import dot_product_attention
 
 
 @register_attention(
@@ -109,7 +110,7 @@ class RoutingAttention(HeadAttention):
         if prefix > 0:
             drop = self.attn_drop.p if self.training else 0.0
             added = logit_bias(key_mask, None, q.dtype)
-            first = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, attn_mask=added, dropout_p=drop)
+            first = dot_product_attention(q[:, :, :prefix], k, v, attn_mask=added, dropout_p=drop)
             out = torch.cat([first, out], dim=2)
         return self.finish(zero_without_keys(out, key_mask))
 
@@ -127,7 +128,7 @@ class RoutingAttention(HeadAttention):
         inner = windows.unflatten(2, (3, heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         drop = self.attn_drop.p if self.training else 0.0
         added = logit_bias(mask, None, q.dtype)
-        out = F.scaled_dot_product_attention(inner[0], inner[1], inner[2], attn_mask=added, dropout_p=drop)
+        out = dot_product_attention(inner[0], inner[1], inner[2], attn_mask=added, dropout_p=drop)
         out = zero_without_keys(out, mask).transpose(1, 2).flatten(2)
         cells = grid_tokens(out, cut, self.num_prefix_tokens, q.shape[0])[:, self.num_prefix_tokens :]
         return cells.unflatten(2, (heads, self.head_dim)).transpose(1, 2)
@@ -139,7 +140,7 @@ class RoutingAttention(HeadAttention):
         if self.normalized:
             q, k = self.normal(q), self.normal(k)
         drop = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(
+        out = dot_product_attention(
             self.take(q[:, :, prefix:], queries).flatten(1, 2),
             self.with_prefix(k, keys).flatten(1, 2),
             self.with_prefix(v, keys).flatten(1, 2),

@@ -14,6 +14,7 @@ from zoo.attention.depthwise import check_kernel, depthwise_tokens
 from zoo.attention.registry import register_attention
 from zoo.errors import UsageError
 from zoo.kernels.precision import without_autocast
+from zoo.layers.sdpa import dot_product_attention
 
 
 @register_attention(
@@ -94,7 +95,7 @@ class SoftmaxAttention(Attention):
         """x (B, P + H*W, dim) -> (B, P + H*W, dim_out); see `Attention` for the rest."""
         q, k, v, key_mask = self.project(x, grid, key_mask)
         drop = self.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=logit_bias(key_mask, bias, q.dtype), dropout_p=drop)
+        out = dot_product_attention(q, k, v, attn_mask=logit_bias(key_mask, bias, q.dtype), dropout_p=drop)
         if self.lepe is not None:
             values = v.transpose(1, 2).flatten(2)
             place = self.token_grid(x, grid)

@@ -11,7 +11,7 @@ from timm.layers import DropPath, LayerScale, LayerScale2d, Mlp, calculate_drop_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from zoo.attention import attention_spec, with_defaults
+from zoo.attention import LocalRelationAttention, attention_spec, with_defaults
 from zoo.attention.base import undecayed
 from zoo.backbones._build import build, imagenet_cfg, unwrap
 from zoo.backbones._checkpoint import rename, stage_of
@@ -26,7 +26,7 @@ from zoo.backbones._staged import (
     stage_grids,
 )
 from zoo.errors import UsageError
-from zoo.layers.conv_norm import ConvNorm
+from zoo.layers.conv_norm import ConvNorm, ResidualConv, absorb_norm, fuse_children
 
 __all__ = ["UniFormer"]
 
@@ -44,7 +44,7 @@ class LocalBlock(nn.Module):
         init_values: float | None = None,
     ):
         super().__init__()
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.pos_embed = ResidualConv(dim)
         self.norm1 = nn.BatchNorm2d(dim)
         self.attn = attn
         self.ls1 = LayerScale2d(dim, init_values) if init_values else nn.Identity()
@@ -55,9 +55,22 @@ class LocalBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.pos_embed(x)
+        x = self.pos_embed(x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    @torch.jit.ignore
+    def fuse(self) -> "LocalBlock":
+        """Folds the residual convolution into one, and norms into the 1x1 convolutions after them, in place."""
+        self.eval()
+        fuse_children(self)
+        if isinstance(self.norm1, nn.BatchNorm2d) and isinstance(self.attn, LocalRelationAttention):
+            absorb_norm(self.norm1, self.attn.v)
+            self.norm1 = nn.Identity()  # type: ignore[assignment]
+        if isinstance(self.norm2, nn.BatchNorm2d):
+            absorb_norm(self.norm2, self.mlp.fc1)
+            self.norm2 = nn.Identity()  # type: ignore[assignment]
+        return self
 
 
 class GlobalBlock(nn.Module):
@@ -73,7 +86,7 @@ class GlobalBlock(nn.Module):
         init_values: float | None = None,
     ):
         super().__init__()
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.pos_embed = ResidualConv(dim)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
@@ -84,7 +97,7 @@ class GlobalBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.pos_embed(x)
+        x = self.pos_embed(x)
         grid = (x.shape[2], x.shape[3])
         # Views both ways: an Embed leaves maps whose memory is channels last, and convolutions keep that.
         x = x.permute(0, 2, 3, 1).flatten(1, 2)
@@ -224,6 +237,17 @@ class UniFormer(StagedNetwork):
             (r"^norm", (99999,)),
         ]
         return {"stem": r"^patch_embed|^cls_token", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    @torch.jit.ignore
+    def fuse(self) -> "UniFormer":
+        """Folds every BatchNorm beside a convolution, and every residual depthwise convolution, into one convolution.
+
+        In place, for inference: the network answers the same to rounding, is in evaluation mode, and its state no
+        longer fits the files of the network before. Returns the network.
+        """
+        self.eval()
+        fuse_children(self)
+        return self
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map (B, num_features, h, w) -> logits (B, num_classes), or features (B, num_features) if `pre_logits`."""

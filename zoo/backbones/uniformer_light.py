@@ -16,6 +16,8 @@ from zoo.attention import SoftmaxAttention
 from zoo.backbones._staged import linear_classifier, per_stage
 from zoo.backbones.uniformer import LocalBlock, UniFormer, cfg, create
 from zoo.errors import UsageError
+from zoo.layers.conv_norm import ResidualConv
+from zoo.layers.sdpa import dot_product_attention
 
 __all__ = ["ShrinkingUniFormer"]
 
@@ -47,7 +49,7 @@ class ShrinkingBlock(nn.Module):
         if attn.sr_ratio > 1 or attn.lepe is not None:
             raise UsageError("tokens that shrink have no grid: sr_ratio=1 and lepe=0 are the only ones that work here")
         self.whole = whole
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.pos_embed = ResidualConv(dim)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -57,7 +59,7 @@ class ShrinkingBlock(nn.Module):
 
     def forward(self, x: Tensor, cls: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map x (B, dim, H, W), class token (B, 1, dim) and float32 scores (B, H*W) -> the same, gone on."""
-        x = x + self.pos_embed(x)
+        x = self.pos_embed(x)
         grid = (x.shape[2], x.shape[3])
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
         if self.whole:
@@ -96,7 +98,7 @@ class ShrinkingBlock(nn.Module):
         """
         q, k, v, _ = self.attn.project(self.norm1(tokens), None, None)
         drop = self.attn.attn_drop.p if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=drop).transpose(1, 2).flatten(2)
+        attended = dot_product_attention(q, k, v, dropout_p=drop).transpose(1, 2).flatten(2)
         attended = self.attn.proj_drop(self.attn.proj(attended))
         # Products and a sum: autocast would give a matrix product a precision that changes the order.
         wide = torch.promote_types(q.dtype, torch.float32)

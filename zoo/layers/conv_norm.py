@@ -60,6 +60,31 @@ class ResidualDepthwise(ConvNorm):
         return conv
 
 
+class ResidualConv(nn.Conv2d):
+    """x + conv(x) with one kernel a channel and a bias: maps (B, dim, H, W) -> the same shape.
+
+    Args:
+        dim: channels.
+        kernel_size: of the convolution, odd.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self._conv_forward(x, self.weight, self.bias)
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The convolution that answers the same: x itself is a 1 at the kernel's centre."""
+        size = self.kernel_size[0]
+        conv = nn.Conv2d(self.in_channels, self.out_channels, size, padding=size // 2, groups=self.groups)
+        conv.weight, conv.bias = self.weight, self.bias
+        conv.weight[:, 0, size // 2, size // 2] += 1
+        return conv
+
+
 class NormLinear(nn.Module):
     """BatchNorm before a linear layer: features (B, C) -> (B, C')."""
 
@@ -75,16 +100,30 @@ class NormLinear(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The linear layer that answers the same in evaluation mode."""
-        scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
-        self.fc.bias += self.fc.weight @ (self.bn.bias - self.bn.running_mean * scale)
-        self.fc.weight *= scale
+        absorb_norm(self.bn, self.fc)
         return self.fc
 
 
+@torch.no_grad()
+def absorb_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, layer: nn.Linear | nn.Conv2d) -> None:
+    """Gives a linear layer, or a 1x1 convolution, weights with which it answers what it did after `norm` in evaluation.
+
+    Nothing else can be: a wider convolution pads with zeros, which the norm would have to leave alone.
+    """
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = layer.weight.view(layer.weight.shape[0], -1)
+    shift = weight @ (norm.bias - norm.running_mean * scale)
+    if layer.bias is None:
+        layer.bias = nn.Parameter(shift)
+    else:
+        layer.bias += shift
+    weight *= scale
+
+
 def fuse_children(module: nn.Module) -> None:
-    """Replaces every layer of this file inside `module` by the one that answers the same in evaluation mode."""
+    """Replaces every part of `module` that has a `fuse` by what answers the same in evaluation mode."""
     for name, child in module.named_children():
-        if isinstance(child, (ConvNorm, NormLinear)):
-            setattr(module, name, child.fuse())
+        if callable(fuse := getattr(child, "fuse", None)):
+            setattr(module, name, fuse())
         else:
             fuse_children(child)

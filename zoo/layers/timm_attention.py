@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo import kernels
 from zoo.layers.position import TableResize
+from zoo.layers.sdpa import dot_product_attention
 
 # The functions below are leaves for symbolic tracing (torch.fx.wrap), which could not follow their use of sizes, while
 # the projections around them remain nodes of their own for timm's feature extraction.
@@ -183,7 +184,7 @@ def _bottleneck(
     hot = torch.cat((_one_hot(height, k)[:, None].expand(-1, width, -1), _one_hot(width, k).expand(height, -1, -1)), -1)
     hot = F.pad(hot, (0, spare.shape[-1])).expand(batch, num_heads, -1, -1, -1)
     k = torch.cat((k.permute(0, 3, 1, 2, 4), hot), dim=-1).flatten(2, 3)
-    out = F.scaled_dot_product_attention(q, k, v.flatten(1, 2).transpose(1, 2), scale=scale)
+    out = dot_product_attention(q, k, v.flatten(1, 2).transpose(1, 2), scale=scale)
     return _map(out.transpose(1, 2).unflatten(1, (height, width)))
 
 

@@ -11,7 +11,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDEST, _LARGEST = 512, 2**15
 # By count of bytes the kernel moves a fifth of what torch.compile's kernels move, forward and backward; no record of a
 # whole network shows the gain yet, and without one "auto" stays with the reference. ZOO_KERNELS=triton measures it.
-_AUTO = False
+_AUTO = True
 
 
 # `impl` is keyword-only by intent and not by signature: TorchScript takes no keyword-only arguments with defaults.

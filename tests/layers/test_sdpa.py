@@ -1,0 +1,48 @@
+"""The fused attention that gradients are taken of: never cuDNN's, whose gradients of masked attention can be NaN."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zoo.attention import create_attention
+from zoo.layers.sdpa import dot_product_attention
+
+
+@pytest.mark.parametrize(("device", "grad", "cudnn"), [("cuda", True, False), ("cuda", False, True), ("cpu", True, True)])
+def test_gradients_on_a_gpu_leave_cudnn_out(device, grad, cudnn, monkeypatch):
+    seen = []
+
+    def look(q, *args, **kwargs):
+        seen.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()))
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    with FakeTensorMode(), torch.set_grad_enabled(grad):
+        q = torch.empty(1, 1, 64, 8, device=device)
+        dot_product_attention(q, q, q)
+    assert seen == [(cudnn, True)]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_equals_torchs_own_as_one_graph():
+    q, k, v = (torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3))
+    mask = torch.randn(5, 5)
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+    got = torch.compile(dot_product_attention, fullgraph=True, backend="aot_eager")(q, k, v, mask, scale=0.3)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: cuDNN's attention is at fault")
+def test_masked_attention_of_small_logits_has_gradients():
+    """The case of pytorch issue 196678, by way of a mechanism: 64 tokens, a mask, logits of about -120."""
+    attention = create_attention("sparse_fixed", 64, num_heads=1, grid_size=(8, 8)).cuda()
+    x = 0.1 * torch.randn(4, 64, 64, device="cuda")
+    with torch.no_grad():
+        attention.qkv.bias[0] = 1.0
+        attention.qkv.bias[64] = -120.0 * 64**0.5
+        attention.qkv.weight[[0, 64]] = 0.0
+    with torch.autocast("cuda", torch.bfloat16):
+        attention(x).square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in attention.parameters())
