@@ -194,6 +194,11 @@ def test_trains_measures_and_goes_on(zoo, plan_file, in_process, tmp_path):
     again = zoo(*line)
     assert again.status == 0
     assert len(in_process) == 6
+    # Why it failed is not forgotten where another entry is asked for.
+    once_more = zoo(*line, "--only", "uniform")
+    assert once_more.status == 0
+    assert len(in_process) == 6
+    assert "does not divide" in (runs / "comparison.csv").read_text()
     plan_file(entries={"wrong": wrong}, seeds=[0, 1])
     other = zoo(*line)
     assert other.status == 2
@@ -266,6 +271,16 @@ def test_the_shipped_comparison_covers_the_registry():
     plan = read_plan(find_recipe("compare/cifar10_attention"))
     assert [entry.name for entry in plan.entries] == list_attentions()
     assert plan.budget == ("seconds", 40.0)
+
+
+def test_the_page_in_recipes_is_what_its_record_says():
+    from zoo.commands.compare_report import markdown
+    from zoo.resources import find_recipe
+
+    path = find_recipe("compare/cifar10_attention")
+    record = json.loads((path.parents[1] / "results" / "compare" / "cifar10_attention.json").read_text())
+    table = markdown(read_plan(path), record["rows"], record)
+    assert (path.parents[1] / "COMPARISON.md").read_text().startswith(table)
 
 
 @pytest.mark.slow

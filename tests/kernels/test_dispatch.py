@@ -59,14 +59,6 @@ def test_the_kernel_runs_on_cuda_and_the_reference_on_the_cpu(cuda_tensor):
     assert dispatch.dispatch(toy(), "auto", torch.empty(2)) == "reference"
 
 
-def test_auto_leaves_out_a_kernel_without_a_record_of_its_gain(cuda_tensor, monkeypatch):
-    unproven = toy(auto=False, auto_in_compile=True)
-    assert dispatch.dispatch(unproven, "auto", cuda_tensor) == "reference"
-    assert dispatch.dispatch(unproven, "triton", cuda_tensor) == "triton"
-    monkeypatch.setattr(dispatch, "DEFAULT", "triton")
-    assert dispatch.dispatch(unproven, "auto", cuda_tensor) == "triton"
-
-
 def test_auto_falls_back_and_an_explicit_choice_says_why_not(cuda_tensor, monkeypatch):
     rules_out = toy("x is torch.float64")
     assert dispatch.dispatch(rules_out, "auto", cuda_tensor) == "reference"

@@ -9,7 +9,9 @@ from zoo.attention import create_attention
 from zoo.layers.sdpa import dot_product_attention
 
 
-@pytest.mark.parametrize(("device", "grad", "cudnn"), [("cuda", True, False), ("cuda", False, True), ("cpu", True, True)])
+@pytest.mark.parametrize(
+    ("device", "grad", "cudnn"), [("cuda", True, False), ("cuda", False, True), ("cpu", True, True)]
+)
 def test_gradients_on_a_gpu_leave_cudnn_out(device, grad, cudnn, monkeypatch):
     seen = []
 

@@ -94,6 +94,15 @@ def test_the_table_of_mechanisms_names_what_is_slower_than_its_cost():
     assert "though its cost grows with N alone: slow (0.5x).\n" in page
 
 
+def test_every_slow_mechanism_of_the_page_has_its_reason():
+    records = [r for r in machine.load(machine.RECORDS) if r["kind"] == "attention"]
+    notes = "\n".join(report.mechanism_notes(records))
+    for record in records:
+        ratio = report.faster(record, "forward+backward")
+        if record["growth"] in ("constant", "N") and ratio is not None and ratio < 1:
+            assert f"\n- {record['title']}: " in notes
+
+
 def test_floor_of_halo_attention_is_that_of_the_reasoning_by_hand():
     # 4 x 4 map, blocks of 2, halo 1: each of the 2 blocks of an axis has 2 queries that see 3 keys of the map.
     assert ops.halo_pairs(4, 2, 1) == 2 * 3 + 2 * 3

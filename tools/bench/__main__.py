@@ -114,7 +114,7 @@ def execute(cases: list[Case], options: Options, command: str, out: Path | None,
     about = machine.about(options.device, command)
     options = replace(options, rates=(found := rates(options.device, options.quick)))
     told = asdict(found)
-    print(f"{about['device']['name']}; " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()))
+    print(machine.said(about))
     print(f"{told['bytes_per_second'] / 1e9:,.0f} GB/s, {told['flops_per_second'] / 1e12:,.1f} TFLOP/s: {told['how']}")
     left: list[str] = []
     bad: list[str] = []

@@ -94,6 +94,11 @@ def merged(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     return record | {"rows": kept + new + left, "commands": list(dict.fromkeys(commands))}
 
 
+def said(about: dict[str, Any]) -> str:
+    """Device and versions, in a line."""
+    return f"{about['device']['name']}; " + ", ".join(f"{name} {one}" for name, one in about["versions"].items())
+
+
 def write(record: dict[str, Any], folder: Path, add: bool = False) -> Path:
     """Writes a record; `add` keeps what an earlier one of this case has and this one has not."""
     folder.mkdir(parents=True, exist_ok=True)

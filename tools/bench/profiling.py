@@ -10,6 +10,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
+from tools.bench import machine
 from tools.bench.cases import CASES, NetworkCase
 from tools.bench.networks import create
 from tools.bench.run import Options
@@ -121,6 +122,7 @@ def profile(name: str, device: str, mode: str, side: str, what: str, quick: bool
     if (what, mode) in (("inference", "recipe"), ("training", "fused")):
         raise ValueError(f"mode {mode!r} is not one of {what}; take eager or compile")
     options = Options(device, quick)
+    print(machine.said(machine.about(device, "")))
     if what == "training":
         _, step, batch, _, _ = build_training(case, side, mode, options, check=False)
     else:

@@ -19,6 +19,8 @@ python -m tools.bench headlines
 python -m tools.bench report
 ```
 
+Where a step's time goes, kernel by kernel, and what is left to do: [profiles](../../tools/bench/records/profiles).
+
 How to read the tables: times are medians over repeats by CUDA events, and "+-" is half of the distance from the fastest
 to the slowest repeat. Data are random, bfloat16, channels-last (timm's lambda layers refuse that and get ordinary
 maps). The floor is the larger of two times: the fewest bytes that must move over the rate of a large copy, and the
@@ -125,6 +127,16 @@ def faster(record: Row, what: str) -> float | None:
     return peer["timing"]["median_ms"] / ours["timing"]["median_ms"] if ours and peer else None
 
 
+# Why a mechanism of linear cost is slower than one fused kernel of quadratic cost, where it is.
+SLOW = {
+    "efficient": "two softmaxes and two products are kernels of their own, and one softmax runs along the tokens",
+    "focused_linear": "timed by its reference, a chain of pointwise kernels; the Triton kernel came after",
+    "hedgehog": "feature maps of twice the channels are written and read by a chain of pointwise kernels",
+    "lambda": "every token sums over 23 x 23 places, with keys of 16 channels, which fill a tensor core by half",
+    "shifted_window": "rolling the map and cutting it copies every token four times, there and back",
+}
+
+
 def mechanism_notes(records: list[Row]) -> list[str]:
     """What the table of mechanisms is about, and which of them are not what their cost promises."""
     sizes = records[0]["sizes"]
@@ -135,7 +147,9 @@ def mechanism_notes(records: list[Row]) -> list[str]:
     slow = [(r["title"], faster(r, "forward+backward")) for r in records if r["growth"] in ("constant", "N")]
     named = [f"{title} ({number(ratio)}x)" for title, ratio in slow if ratio is not None and ratio < 1]
     text = "Slower than softmax attention here though its cost grows with N alone: "
-    return [told, *([text + ", ".join(named) + "."] if named else [])]
+    why = [f"- {title}: {SLOW[title]}." for title, ratio in slow if ratio is not None and ratio < 1 and title in SLOW]
+    told += " Replayed as a graph, but not compiled: in a compiled network chains of pointwise kernels become few."
+    return [told, *([text + ", ".join(named) + ".", *(["\n".join(why)] if why else [])] if named else [])]
 
 
 def of_mode(rows: list[Row], mode: str) -> Row | None:

@@ -81,14 +81,22 @@ def place(folder: Path, entry: Entry, seed: int) -> Path:
 
 
 def known(folder: Path, plan: Plan) -> dict[tuple[str, int], dict[str, Any]]:
-    """The records of what is finished."""
-    found = {}
+    """The records of what is finished, and why the last try of another entry failed."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     for entry in plan.entries:
         for seed in plan.seeds:
-            record = read_record(place(folder, entry, seed), plan)
+            run, reason = place(folder, entry, seed), failure(folder, entry, seed)
+            record = read_record(run, plan)
             if record is not None:
                 found[entry.name, seed] = record
+            elif reason.is_file():
+                found[entry.name, seed] = {"failed": reason.read_text(encoding="utf-8")}
     return found
+
+
+def failure(folder: Path, entry: Entry, seed: int) -> Path:
+    """Where it stands why an entry failed, so that its row says so however often the comparison goes on."""
+    return folder / f"{entry.name}-seed{seed}.failed"
 
 
 def read_record(run: Path, plan: Plan) -> dict[str, Any] | None:
@@ -100,6 +108,16 @@ def read_record(run: Path, plan: Plan) -> dict[str, Any] | None:
 
 def train(folder: Path, plan: Plan, entry: Entry, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Trains and measures one entry; its record, or {"failed": reason}."""
+    reason = failure(folder, entry, seed)
+    reason.unlink(missing_ok=True)
+    record = attempt(folder, plan, entry, seed, overrides)
+    if "failed" in record:
+        reason.write_text(record["failed"], encoding="utf-8")
+    return record
+
+
+def attempt(folder: Path, plan: Plan, entry: Entry, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """What `train` answers."""
     import yaml
 
     run, log = place(folder, entry, seed), folder / f"{entry.name}-seed{seed}.log"

@@ -105,7 +105,10 @@ def markdown(plan: Plan, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, 
         lines[-2] += " ± is the standard deviation of the seeds as a sample."
     lines += ["| " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
-    lines += ["", "```", str(facts.get("command", "")), "```", "", str(facts.get("hardware", "")), ""]
+    versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+    seeds = "seed " + ", ".join(map(str, plan.seeds))
+    about = "; ".join(filter(None, (facts.get("hardware"), versions, seeds, str(facts.get("date", ""))[:10])))
+    lines += ["", "```", str(facts.get("command", "")), "```", "", about, ""]
     return "\n".join(lines)
 
 

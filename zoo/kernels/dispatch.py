@@ -27,7 +27,6 @@ class Op:
         unsupported: the first reason, of shape, dtype or device of these tensors, that rules the kernel out, or None.
         auto_in_compile: whether "auto" takes the kernel inside torch.compile too. False for a reference of few
             operations, which the compiler fuses into its neighbours; a measured gain is the reason to set it.
-        auto: whether "auto" takes the kernel anywhere. False until a record of a whole network shows a gain.
     """
 
     name: str
@@ -35,7 +34,6 @@ class Op:
     triton: Callable[..., Tensor]
     unsupported: Callable[..., str | None]
     auto_in_compile: bool = False
-    auto: bool = True
 
 
 OPS: dict[str, Op] = {}
@@ -98,7 +96,7 @@ def _takes_triton(op: Op, impl: str, tensors: tuple) -> bool:
             return False
         if DEFAULT == "triton":
             return _insist("ZOO_KERNELS=triton", op, tensors)
-        if not op.auto or (torch.compiler.is_compiling() and not op.auto_in_compile):
+        if torch.compiler.is_compiling() and not op.auto_in_compile:
             return False
         return HAS_TRITON and op.unsupported(*tensors) is None
     if impl != "triton":

@@ -9,9 +9,6 @@ from zoo.kernels.focused_linear_attention import reference
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Numbers of a tile's row and of the sums that a program holds in registers.
 _WIDEST, _LARGEST = 512, 2**15
-# By count of bytes the kernel moves a fifth of what torch.compile's kernels move, forward and backward; no record of a
-# whole network shows the gain yet, and without one "auto" stays with the reference. ZOO_KERNELS=triton measures it.
-_AUTO = True
 
 
 # `impl` is keyword-only by intent and not by signature: TorchScript takes no keyword-only arguments with defaults.
@@ -204,6 +201,5 @@ _ENTRY = register(
         _triton,
         _unsupported,
         auto_in_compile=True,
-        auto=_AUTO,
     )
 )
