@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.attention import attention_spec, create_attention
+from zoo.attention.relational import RelativeSymbols
 from zoo.errors import UsageError
 
 from .pair_loops import DIM, EXACT, attend, cells, image, linear, make
@@ -161,3 +162,16 @@ def test_declared_cost_is_what_is_computed():
 def test_wrong_options_are_named(options, named):
     with pytest.raises(UsageError, match=named):
         create_attention("relational", 32, **options)
+
+
+def test_gradients_of_symbols_on_large_grids_in_bfloat16():
+    """On a side of 64 a thousand pairs share the farthest offset."""
+    symbols = RelativeSymbols(8, 16, False)
+    table, grad = torch.randn(33, 8).bfloat16(), torch.rand(64, 64, 8).bfloat16()
+    want = torch.zeros(33, 8, dtype=torch.float64)
+    for query in range(64):
+        for key in range(64):
+            want[min(max(key - query, -16), 16) + 16] += grad[query, key].double()
+    symbols.table(table.requires_grad_(), 64).backward(grad)
+    # One rounding to bfloat16 at the end.
+    torch.testing.assert_close(table.grad.double(), want, rtol=2**-8, atol=0)

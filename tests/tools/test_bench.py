@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tools.bench import __main__ as cli  # noqa: E402
-from tools.bench import attentions, machine, networks, ops, profiling, report, run_network  # noqa: E402
+from tools.bench import attentions, machine, networks, ops, profiling, report, run, run_network  # noqa: E402
 from tools.bench.cases import CASES, Cost, FunctionCase, NetworkCase, Unavailable, Workload, select  # noqa: E402
 from tools.bench.run import Options, run_case  # noqa: E402
 from tools.bench.timing import Rates, measure, rates  # noqa: E402
@@ -438,6 +438,16 @@ def test_rates_are_positive_and_give_the_larger_floor():
     assert found.flops_per_second > 0
     assert Rates(1e9, 1e12, "").floor_ms(1e6, 1e6) == pytest.approx(1.0)
     assert Rates(1e9, 1e12, "").floor_ms(1e3, 1e10) == pytest.approx(10.0)
+
+
+def test_sets_of_inputs_that_take_turns_fit_into_memory():
+    assert run.rotations(1e6, 0.0, 0.0) == 7
+    assert run.rotations(100e6, 0.0, 0.0) == 1
+    assert run.rotations(1e9, 0.0, 0.0) == 0
+    # A graph that keeps 28 GB: two more fit into 75 GB with something to spare.
+    assert run.rotations(1e6, 28e9, 75e9) == 2
+    assert run.rotations(1e6, 28e9, 20e9) == 0
+    assert run.kept(None, "graph") == run.kept(28.0, "eager") == (0.0, 0.0)
 
 
 def test_profile_says_where_the_time_goes(capsys):

@@ -160,11 +160,28 @@ def _timed(case: FunctionCase, side: str, mode: str, what: str, sizes: dict, opt
     first()
     peak = memory.peak_gb()
     size = sum(x.numel() * x.element_size() for x in sets[0])
-    more = 0 if options.device == "cpu" else min(7, math.ceil(ROTATED / size) - 1)
+    more = 0 if options.device == "cpu" else rotations(size, *kept(peak, mode))
     sets += [case.inputs(side, options.dtype, options.device, **sizes) for _ in range(more)]
     calls = [first, *(replay(step(workload, one, options)) for one in sets[1:])]
     timing = measure(calls, options.device, options.quick)
     return {"timing": timing.record(), "peak_gb": peak} | _floor(case, what, sizes, options, timing.median_ms)
+
+
+def rotations(size: float, each: float, free: float) -> int:
+    """How many more sets of inputs take turns: so many that no cache holds them, as far as memory goes.
+
+    Args:
+        size: bytes of the inputs of a set.
+        each, free: bytes that a set takes besides for as long as it is there, and bytes that are free.
+    """
+    return max(0, min(7, math.ceil(ROTATED / size) - 1, int(0.8 * free / each) if each else 7))
+
+
+def kept(peak_gb: float | None, mode: str) -> tuple[float, float]:
+    """Bytes that a set of inputs keeps for itself, and free ones: a graph never gives back what its call took."""
+    if mode != "graph" or peak_gb is None:
+        return 0.0, 0.0
+    return 1e9 * peak_gb, torch.cuda.mem_get_info()[0]
 
 
 def _as_it_is(call: Callable[[], Any]) -> Callable[[], Any]:

@@ -34,7 +34,10 @@ class RelativeSymbols(nn.Module):
     def table(self, table: Tensor, side: int) -> Tensor:
         """(side, side, dim): the symbol of key m for query n; offsets beyond the reach count as the reach."""
         place = torch.arange(side, device=table.device)
-        return table[(place[None, :] - place[:, None]).clamp(-self.reach, self.reach) + self.reach]
+        index = (place[None, :] - place[:, None]).clamp(-self.reach, self.reach) + self.reach
+        # The gradient of a symbol sums over all pairs that share it, one after the other in the dtype of the table:
+        # in bfloat16 such a sum stops growing at some hundred terms.
+        return table.to(torch.promote_types(table.dtype, torch.float32))[index].to(table.dtype)
 
 
 class SymbolLibrary(nn.Module):
