@@ -3,6 +3,8 @@
 import pytest
 import timm
 import torch
+from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+from torchvision.models.feature_extraction import NodePathTracer
 
 import zoo
 from zoo.catalogue import list_backbones
@@ -70,3 +72,17 @@ def test_torchscript_answers_the_same(name):
     model = timm.create_model(name, **options).eval()
     x = torch.randn(2, 3, 64, 96)
     torch.testing.assert_close(torch.jit.script(model)(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+@torch.inference_mode()
+def test_fx_traces_it_as_timm_does(name):
+    """With timm's leaves: what looks at the size, the layout or the device of a tensor is one."""
+    options = next((o for part, o in SHALLOW.items() if part in name), {"depths": (1, 1, 1, 1)})
+    model = timm.create_model(name, **options).eval()
+    tracer = NodePathTracer(
+        leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions(), param_shapes_constant=True
+    )
+    traced = torch.fx.GraphModule(model, tracer.trace(model))
+    x = torch.randn(2, 3, *timm.get_pretrained_cfg(name).input_size[1:])
+    torch.testing.assert_close(traced(x), model(x), atol=1e-5, rtol=1e-4)  # the same arithmetic

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zoo.attention import create_attention
+from zoo.layers import sdpa
 from zoo.layers.sdpa import dot_product_attention
 
 
@@ -27,12 +28,15 @@ def test_gradients_on_a_gpu_leave_cudnn_out(device, grad, cudnn, monkeypatch):
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_equals_torchs_own_as_one_graph():
+@pytest.mark.parametrize("call", [dot_product_attention, sdpa._without_cudnn])
+def test_equals_torchs_own_as_one_graph(call):
     q, k, v = (torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3))
     mask = torch.randn(5, 5)
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
-    got = torch.compile(dot_product_attention, fullgraph=True, backend="aot_eager")(q, k, v, mask, scale=0.3)
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v, mask, 0.0, 0.3)
     assert torch.equal(got, want)
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (got, want)), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.gpu

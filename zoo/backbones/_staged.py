@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d, to_2tuple, trunc_normal_
-from timm.models import checkpoint
+from timm.models import checkpoint, register_notrace_module
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ class MapStage(nn.Module):
         return x
 
 
+@register_notrace_module  # it looks at the layout of the map
 class AveragePool(nn.Module):
     """Mean over the map, (B, C, H, W) -> (B, C, 1, 1), whose gradient lies in memory as the map does.
 

@@ -2,12 +2,14 @@
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_function
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _TRAINING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+@register_notrace_function  # it looks at the device
 def dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, scale: float | None = None
 ) -> Tensor:
@@ -24,6 +26,12 @@ def dot_product_attention(
         scale: of the logits, 1 / sqrt(head_dim) unless given.
     """
     if not torch.jit.is_scripting() and q.is_cuda and torch.is_grad_enabled():
-        with sdpa_kernel(_TRAINING):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
+        return _without_cudnn(q, k, v, attn_mask, dropout_p, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
+
+
+def _without_cudnn(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float, scale: float | None
+) -> Tensor:
+    with sdpa_kernel(_TRAINING):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
