@@ -252,14 +252,14 @@ def _measured(trainer: Any, task: Any, stage: str) -> dict[str, Any]:
 
 def cost(run: Run, program: str, class_names: list[str]) -> dict[str, float]:
     """Million parameters, and billion multiply-adds of one image of the validation's size."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from zoo.catalogue import count_macs
 
     shape = PROGRAMS[program]["eval_shape"]
     network = task_of(run, PROGRAMS[program], class_names, shape, None).segmenter.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 3, *shape))
+    macs = count_macs(network, (3, *shape))
+    assert macs is not None
     millions = sum(p.numel() for p in network.parameters()) / 1e6
-    return {"parameters_m": round(millions, 2), "gmacs": round(counter.get_total_flops() / 2e9, 2)}
+    return {"parameters_m": round(millions, 2), "gmacs": round(macs / 1e9, 2)}
 
 
 def speed(runs: list[Run], args: argparse.Namespace) -> None:

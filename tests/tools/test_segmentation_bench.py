@@ -159,3 +159,15 @@ def test_the_shipped_page_is_that_of_the_shipped_records(bench):
 def test_a_folder_without_a_program_is_told(bench, tmp_path):
     with pytest.raises(SystemExit, match="camvid, membrane"):
         bench.main(["run", "--data", str(tmp_path), "fpn"])
+
+
+def test_multiply_adds_count_attention(bench, monkeypatch):
+    """What grows faster than the image: two products of all N tokens with each other, 192 channels, twelve times."""
+    found = []
+    for shape in ([256, 256], [256, 512]):
+        monkeypatch.setitem(bench.PROGRAMS["camvid"], "eval_shape", shape)
+        found.append(bench.cost(bench.Run.of("fpn/zoo_vit_tiny_patch16_224"), "camvid", ["a", "b"])["gmacs"])
+    # In units of 1e9 to two digits; a class token comes to the 256 and 512.
+    by_hand = 12 * 2 * 192 * (513**2 - 2 * 257**2) / 1e9
+    assert found[1] - 2 * found[0] == pytest.approx(by_hand, abs=0.03)
+    assert by_hand > 0.5

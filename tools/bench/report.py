@@ -243,7 +243,8 @@ def machines(records: list[Row]) -> list[str]:
         device = ", ".join(f"{key} {value}" for key, value in record["device"].items() if key != "name")
         known = ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))
         said = f"- {record['device']['name']}, {device}; {known}; {record['date'][:10]}"
-        said += f"; commit {(record.get('commit') or 'unknown')[:12]}"
+        name, *changes = (record.get("commit") or "unknown").split(" ", 1)
+        said += f"; commit {' '.join([name[:12], *changes])}"
         found.setdefault(said, []).extend([record["rates"]] if record.get("rates") else [])
     return [f"{said}{_span(rates)}." for said, rates in found.items()]
 

@@ -240,7 +240,7 @@ class UniFormer(StagedNetwork):
 
     @torch.jit.ignore
     def fuse(self) -> "UniFormer":
-        """Folds every BatchNorm beside a convolution, and every residual depthwise convolution, into one convolution.
+        """Folds norms beside convolutions of the paper's own layers, and residual depthwise convolutions, into one.
 
         In place, for inference: the network answers the same to rounding, is in evaluation mode, and its state no
         longer fits the files of the network before. Returns the network.

@@ -112,7 +112,9 @@ def train(folder: Path, plan: Plan, entry: Entry, seed: int, overrides: Sequence
     reason.unlink(missing_ok=True)
     record = attempt(folder, plan, entry, seed, overrides)
     if "failed" in record:
-        reason.write_text(record["failed"], encoding="utf-8")
+        partial = reason.with_suffix(".part")
+        partial.write_text(record["failed"], encoding="utf-8")
+        partial.replace(reason)
     return record
 
 

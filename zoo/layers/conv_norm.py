@@ -77,7 +77,7 @@ class ResidualConv(nn.Conv2d):
     @torch.jit.ignore
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """The convolution that answers the same: x itself is a 1 at the kernel's centre."""
+        """The convolution that answers the same, with these weights changed in place: x is a 1 at the centre."""
         size = self.kernel_size[0]
         conv = nn.Conv2d(self.in_channels, self.out_channels, size, padding=size // 2, groups=self.groups)
         conv.weight, conv.bias = self.weight, self.bias
@@ -123,7 +123,7 @@ def absorb_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, layer: nn.Linear | nn.Con
 def fuse_children(module: nn.Module) -> None:
     """Replaces every part of `module` that has a `fuse` by what answers the same in evaluation mode."""
     for name, child in module.named_children():
-        if callable(fuse := getattr(child, "fuse", None)):
-            setattr(module, name, fuse())
+        if callable(getattr(type(child), "fuse", None)):
+            setattr(module, name, child.fuse())
         else:
             fuse_children(child)
