@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zoo.attention import create_attention
 from zoo.layers import sdpa
@@ -26,6 +27,31 @@ def test_gradients_on_a_gpu_leave_cudnn_out(device, grad, cudnn, monkeypatch):
         dot_product_attention(q, q, q)
     assert seen == [(cudnn, True)]
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside"),
+    [
+        ([SDPBackend.MATH], (False, False, True, False)),
+        ([SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION], (False, False, True, False)),
+        # Whoever wants it alone gets it.
+        ([SDPBackend.CUDNN_ATTENTION], (False, False, False, True)),
+    ],
+)
+def test_a_backend_that_is_switched_off_stays_off(allowed, inside, monkeypatch):
+    seen = []
+
+    def look(q, *args, **kwargs):
+        cuda = torch.backends.cuda
+        flags = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled, cuda.cudnn_sdp_enabled)
+        seen.append(tuple(flag() for flag in flags))
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    with FakeTensorMode(), sdpa_kernel(allowed):
+        q = torch.empty(1, 1, 64, 8, device="cuda")
+        dot_product_attention(q, q, q)
+    assert seen == [inside]
 
 
 @pytest.mark.parametrize("call", [dot_product_attention, sdpa._without_cudnn])
