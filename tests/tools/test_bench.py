@@ -390,6 +390,7 @@ def test_recipe_mode_uses_what_the_recipes_use():
     assert run_network.speed().TrainingGraph.__doc__ == speed.TrainingGraph.__doc__
 
 
+@pytest.mark.slow  # minutes where a processor has no bfloat16
 def test_one_network_of_ours_runs():
     rows = list(run_case(CASES["zoo_shvit_s4"], replace(QUICK, compare=("eager",))))
     assert [(r["side"], r["mode"], r["pass"], r["status"]) for r in rows] == [
@@ -450,6 +451,7 @@ def test_sets_of_inputs_that_take_turns_fit_into_memory():
     assert run.kept(None, "graph") == run.kept(28.0, "eager") == (0.0, 0.0)
 
 
+@pytest.mark.slow  # minutes where a processor has no bfloat16
 def test_profile_says_where_the_time_goes(capsys):
     assert cli.main(["profile", "resnet18", "--quick", "--device", "cpu", "--top", "3"]) == 0
     said = capsys.readouterr().out
