@@ -1,7 +1,7 @@
 """timm's interface for networks that are a stem, stages over maps and a classifier over the pooled map."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from timm.layers import SelectAdaptivePool2d, to_2tuple, trunc_normal_
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zoo.attention import Attention, create_attention
 from zoo.errors import UsageError, unknown
+from zoo.layers.conv_norm import fuse_children
 
 
 class MapStage(nn.Module):
@@ -104,6 +105,17 @@ class StagedNetwork(nn.Module):
         heads = self.get_classifier()
         for head in heads if isinstance(heads, tuple) else (heads,):
             head.to(device=like.device, dtype=like.dtype).train(self.training)
+
+    @torch.jit.ignore
+    def fuse(self) -> Self:
+        """Folds norms and residual convolutions into the layers beside them, where the network has such.
+
+        In place, for inference: the network answers the same to rounding, is in evaluation mode, and its state no
+        longer fits the files of the network before. Returns the network.
+        """
+        self.eval()
+        fuse_children(self)
+        return self
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> map (B, num_features, h, w)."""

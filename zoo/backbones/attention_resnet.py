@@ -19,7 +19,7 @@ from zoo.backbones._build import build, imagenet_cfg, unwrap
 from zoo.backbones._checkpoint import rename
 from zoo.backbones._staged import MapStage, StagedNetwork, attention_per_stage, per_stage, stage_grids
 from zoo.errors import UsageError
-from zoo.layers.conv_norm import ConvNorm, fuse_children
+from zoo.layers.conv_norm import ConvNorm
 
 __all__ = ["AttentionResNet"]
 
@@ -187,17 +187,6 @@ class AttentionResNet(StagedNetwork):
         for module in self.modules():
             if isinstance(module, Bottleneck):
                 nn.init.zeros_(module.conv3.bn.weight)
-
-    @torch.jit.ignore
-    def fuse(self) -> "AttentionResNet":
-        """Folds every BatchNorm after a convolution into it.
-
-        In place, for inference: the network answers the same to rounding, is in evaluation mode, and its state no
-        longer fits the files of the network before. Returns the network.
-        """
-        self.eval()
-        fuse_children(self)
-        return self
 
     @torch.jit.ignore
     def prune_intermediate_layers(

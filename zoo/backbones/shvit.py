@@ -27,7 +27,7 @@ from zoo.backbones._staged import (
     stage_grids,
 )
 from zoo.errors import UsageError
-from zoo.layers.conv_norm import ConvNorm, NormLinear, ResidualDepthwise, fuse_children
+from zoo.layers.conv_norm import ConvNorm, NormLinear, ResidualDepthwise
 
 __all__ = ["SHViT"]
 
@@ -180,17 +180,6 @@ class SHViT(StagedNetwork):
                 nn.init.zeros_(module.pw2.bn.weight)
             elif isinstance(module, SingleHeadAttention):
                 nn.init.zeros_(module.proj.bn.weight)
-
-    @torch.jit.ignore
-    def fuse(self) -> "SHViT":
-        """Folds every BatchNorm, and every residual depthwise convolution, into one convolution or linear layer.
-
-        In place, for inference: the network answers the same to rounding, is in evaluation mode, and its state no
-        longer fits the files of the network before. Returns the network.
-        """
-        self.eval()
-        fuse_children(self)
-        return self
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

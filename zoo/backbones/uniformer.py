@@ -238,17 +238,6 @@ class UniFormer(StagedNetwork):
         ]
         return {"stem": r"^patch_embed|^cls_token", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
-    @torch.jit.ignore
-    def fuse(self) -> "UniFormer":
-        """Folds norms beside convolutions of the paper's own layers, and residual depthwise convolutions, into one.
-
-        In place, for inference: the network answers the same to rounding, is in evaluation mode, and its state no
-        longer fits the files of the network before. Returns the network.
-        """
-        self.eval()
-        fuse_children(self)
-        return self
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map (B, num_features, h, w) -> logits (B, num_classes), or features (B, num_features) if `pre_logits`."""
         features = self.head_drop(self.global_pool(x))
