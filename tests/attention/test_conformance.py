@@ -359,15 +359,22 @@ def test_low_precision_is_finite_and_near(name, options, dtype):
         assert attention(large, grid).isfinite().all()
 
 
-@each_case
+# Seconds each: of every mechanism its defaults, the other options with the slow tests.
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(*case, id=key, marks=pytest.mark.slow if case[1] else ())
+        for key, case in zip(IDS, CASES, strict=True)
+    ],
+)
 def test_compiles_as_one_graph(name, options):
     torch._dynamo.reset()
     grid = (7, 13)
-    for prefix in prefixes(name, options):
-        attention = build(name, options, num_prefix_tokens=prefix)
-        x = tokens(grid, prefix)
-        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x, grid), attention(x, grid), rtol=1e-5, atol=1e-5)
+    prefix = max(prefixes(name, options))
+    attention = build(name, options, num_prefix_tokens=prefix)
+    x = tokens(grid, prefix)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, grid), attention(x, grid), rtol=1e-5, atol=1e-5)
 
 
 @each_case
