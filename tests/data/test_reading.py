@@ -11,6 +11,7 @@ from timm.data import create_transform
 from zoo.data import ImageClassification
 from zoo.data.images import open_image
 from zoo.errors import UsageError
+from zoo.export import predictor
 
 TWO = {"train/a": 6, "train/b": 6, "val/a": 3, "val/b": 3}
 
@@ -117,6 +118,14 @@ def test_sixteen_bit_grey_keeps_its_high_byte(chans):
     deep = np.linspace(0, 65535, 120).astype(np.uint16).reshape(10, 12)
     pixels = np.asarray(open_image(encoded(Image.fromarray(deep), "PNG"), chans))
     assert np.array_equal(pixels if chans == 1 else pixels[..., 2], (deep // 256).astype(np.uint8))
+
+
+@pytest.mark.parametrize("read", [open_image, predictor.upright], ids=["training", "prediction"])
+@pytest.mark.parametrize("chans", [1, 3])
+def test_floating_point_pixels_are_refused_and_not_black(read, chans):
+    shades = Image.fromarray(np.linspace(0, 1, 120, dtype=np.float32).reshape(10, 12))
+    with Image.open(io.BytesIO(encoded(shades, "TIFF"))) as image, pytest.raises(ValueError, match="floating-point"):
+        read(image, chans)
 
 
 def test_cmyk_becomes_rgb():

@@ -17,6 +17,7 @@ def open_image(source: str | Path | bytes | IO[bytes] | Image.Image, in_chans: i
     conversion would clip it at 255).
 
     Raises:
+        ValueError: its pixels are floating-point numbers, whose black and white nothing says.
         OSError, SyntaxError, ValueError and others of PIL: the file is damaged or no image.
     """
     if isinstance(source, Image.Image):
@@ -32,6 +33,9 @@ def _convert(image: Image.Image, in_chans: int) -> Image.Image:
         turned = False
     if turned:
         image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        # PIL's own conversion would clip what lies outside 0 to 255, so that pictures of 0 to 1 became black.
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
     image.load()

@@ -654,6 +654,9 @@ def upright(image: Image.Image, in_chans: int) -> Image.Image:
         turned = False
     if turned:
         image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        # PIL's own conversion would clip what lies outside 0 to 255, so that pictures of 0 to 1 became black.
+        raise ValueError("its pixels are floating-point numbers; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # The high byte, which is what PIL keeps of 16-bit colour; its own conversion of 16-bit grey clips at 255.
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8))
