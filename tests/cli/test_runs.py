@@ -151,6 +151,16 @@ def test_resume_of_a_run_that_is_done_trains_nothing(zoo, finished, tmp_path):
     assert (run / "record.json").read_text() == (finished / "record.json").read_text()
 
 
+def test_resume_of_a_run_that_the_clock_ended_asks_for_time(zoo, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "runs" / "x")
+    line = ["fit", "--run", "x", "--resume", "--trainer.max_epochs", "3"]
+    ended = zoo(*line, "--trainer.max_time", "00:00:00:00")
+    assert "trained to its end already" in ended.out, ended.err
+    assert "--resume --trainer.max_time DD:HH:MM:SS" in ended.out
+    further = zoo(*line, "--trainer.max_time", "00:01:00:00")
+    assert "runs/x: 3 epochs, 9 updates" in further.out, further.err
+
+
 def test_validate_and_test_agree_with_the_record(zoo, finished, tmp_path):
     run = tmp_path / "runs" / "x"
     shutil.copytree(finished, run)

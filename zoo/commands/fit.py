@@ -121,13 +121,16 @@ def _write_config(folder: Path, text: str) -> None:
 
 def _closing(folder: Path, trainer: Any, task: Any, data: Any, seconds: float, step: int | None) -> str:
     """Where the run is, how good it is, and what to type next."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 
     from zoo.commands.tables import facts
     from zoo.tasks.base import Task
 
     if trainer.global_step == step:
-        return f"{folder} is trained to its end already. To train it further: --resume --trainer.max_epochs N"
+        left = [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]
+        over = any(seconds is not None and seconds <= 0 for seconds in left)
+        more = "--trainer.max_time DD:HH:MM:SS, all of its time together" if over else "--trainer.max_epochs N"
+        return f"{folder} is trained to its end already. To train it further: --resume {more}"
     monitor = getattr(task, "monitor", None)
     savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor and c.monitor == monitor]
     best = next((float(c.best_model_score) for c in savers if c.best_model_score is not None), None)

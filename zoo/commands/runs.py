@@ -34,7 +34,7 @@ def check_unused(folder: Path) -> None:
     if (folder / "record.json").is_file():
         raise UsageError(
             f"{folder} already holds a finished run. Choose another --run, or train it further: "
-            f"zoo fit --run {name} --resume --trainer.max_epochs N"
+            f"zoo fit --run {name} --resume --trainer.max_epochs N (--trainer.max_time where the clock ended it)"
         )
     if checkpoints(folder):
         raise UsageError(
