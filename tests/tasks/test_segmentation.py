@@ -148,6 +148,8 @@ def test_windows_are_used_where_asked_for_or_needed(segmentation, tmp_path):
     assert fixed.export_meta()["any_size"] is False
     with pytest.raises(UsageError, match="32 x 32 alone"):
         segmentation.task(backbone="convit_tiny", window=48)
+    with pytest.raises(UsageError, match="window=-4"):
+        segmentation.task(window=-4)
     runner = segmentation.trainer(tmp_path, max_epochs=1)
     found = runner.validate(task, datamodule=segmentation.Data(size=(40, 50)), verbose=False)[0]
     assert "val/loss" not in found

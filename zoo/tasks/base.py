@@ -179,15 +179,15 @@ def check_same(saved: Mapping[str, Any], given: Mapping[str, Any], names: Mappin
             raise UsageError(f"the checkpoint's {what} is {saved[key]!r}, but the run asks for {given[key]!r}")
 
 
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of an image size that may be one side.
+def pair(size: int | Sequence[int], what: str = "img_size") -> tuple[int, int]:
+    """(height, width) of the size `what`, which may be one side.
 
     Raises:
         UsageError: it is not positive.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
-        raise UsageError(f"img_size={size}: give a positive side, or (height, width)")
+        raise UsageError(f"{what}={size}: give a positive side, or (height, width)")
     return int(height), int(width)
 
 

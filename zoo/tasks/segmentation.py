@@ -118,7 +118,7 @@ class Segmentation(Task):
         arguments |= self._keep_statistics(
             self.segmenter.mean if mean is None else mean, self.segmenter.std if std is None else std, in_chans
         )
-        self.window = pair(window) if window is not None else None if self.segmenter.any_size else size
+        self.window = pair(window, "window") if window is not None else None if self.segmenter.any_size else size
         if self.window is not None and self.window != size and not self.segmenter.any_size:
             raise UsageError(f"window={window}: {backbone} takes images of {size[0]} x {size[1]} alone; leave it away")
         # A window that the encoder asks for has an overlap without being asked.
