@@ -43,6 +43,8 @@ def refused(result, *words, status=2):
         (["fit", "--config", "quikstart"], ["unknown recipe 'quikstart'", "'quickstart'"]),
         (["fit", "--config", "no/such.yaml"], ["no/such.yaml", "quickstart"]),
         (["fit", "--config"], ["--config", "expected one argument"]),
+        (["fit", "--config", "compare/cifar10_attention"], ["zoo compare --config compare/cifar10_attention"]),
+        (["compare", "--config", "quickstart"], ["quickstart", "zoo fit", "compare/cifar10_attention"]),
         (["list", "bakbones"], ["'bakbones'", "'backbones'"]),
         (["list", "backbones", "zoo_vitt*"], ["zoo_vitt*", "zoo list backbones"]),
         (["list", "--fo"], ["--fo"]),
@@ -85,6 +87,7 @@ def test_wrong_words(zoo, line, words):
         (["--model.backbone_options", "3"], ["--model.backbone_options takes a mapping"]),
         (["--model", "zoo.tasks.Clasification"], ["'zoo.tasks.Clasification'", "zoo.tasks.Classification"]),
         (["--model.img_size", "32"], ["model.img_size", "--data.img_size"]),
+        (["--seed_everything", "-7"], ["--seed_everything -7", "between 0 and 4294967295"]),
         (["--data.seed", "32"], ["data.seed", "--seed_everything"]),
         (["--model.backbone", "zoo_vit_tinny_patch16_224"], ["zoo_vit_tinny", "'zoo_vit_tiny_patch16_224'"]),
         (["--model.attn", "unifrom"], ["unknown attention 'unifrom'", "'uniform'"]),
@@ -276,6 +279,18 @@ def test_checkpoint_of_another_number_of_classes(zoo, finished, tmp_path):
 def test_checkpoint_of_another_data_set(zoo, finished, tmp_path):
     draw(tmp_path / "own", classes=("dark", "light", "spotted"))
     refused(zoo("validate", "--ckpt", str(finished), "--data.root", "own"), "'striped'", "'spotted'")
+
+
+def test_weights_of_another_network_are_named_with_the_network(zoo, recipe, tmp_path):
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "weights.pth")
+    line = ["fit", "--config", recipe, "--run", "x", "--model.pretrained", "weights.pth"]
+    refused(zoo(*line), "weights.pth", "'zoo_vit_tiny_patch16_224'", "layer.weight", "Give the backbone")
+
+
+def test_exported_file_in_place_of_a_checkpoint(zoo, recipe, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    refused(zoo("fit", "--config", recipe, "--run", "x", "--model.pretrained", "model.onnx"), "model.onnx", "best.ckpt")
+    refused(zoo("test", "--ckpt", "model.onnx"), "model.onnx", "best.ckpt")
 
 
 class Payload:

@@ -72,6 +72,11 @@ def read_plan(path: Path) -> Plan:
     from zoo.resources import find_recipe
 
     content = check_yaml(path)
+    if "recipe" not in content and {"model", "data"} & set(content):
+        raise UsageError(
+            f"{path.name} is the recipe of one run: zoo fit --config. A comparison names it under recipe:, as "
+            "compare/cifar10_attention does"
+        )
     for key in content:
         if key not in _KEYS:
             raise unknown(f"key of the comparison {path.name}:", key, _KEYS)

@@ -48,6 +48,7 @@ class ZooCLI(LightningCLI):
         self._wire, self._before = wire, before
         paths = [find_recipe(name) for name in configs]
         contents = [check_yaml(path) for path in paths]
+        _refuse_comparisons(configs, contents)
         _refuse_linked(contents, overrides)
         arguments = [part for path in paths for part in ("--config", str(path))] + list(overrides)
         super().__init__(
@@ -87,12 +88,12 @@ class ZooCLI(LightningCLI):
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
             # jsonargparse reports a constructor's own error inside a page about unions of types.
-            innermost = _innermost(error)
-            if type(innermost) is ValueError:
-                raise UsageError(str(innermost)) from error
-            if innermost is error:
+            own = _own(error)
+            if type(own) is ValueError:
+                raise UsageError(str(own)) from error
+            if own is error:
                 raise
-            raise innermost from error
+            raise own from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list) -> Trainer:
         given = config.get("callbacks") or []
@@ -128,7 +129,15 @@ def _ignore_index(data: Any) -> int:
 
 
 def _seed(seed: bool | int) -> int:
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed_everything {seed}: a seed lies between 0 and {2**32 - 1}")
     return 0 if isinstance(seed, bool) else seed
+
+
+def _refuse_comparisons(names: Sequence[str], contents: Sequence[dict]) -> None:
+    for name, content in zip(names, contents, strict=True):
+        if "recipe" in content:
+            raise UsageError(f"{name!r} is a comparison, not the recipe of one run: zoo compare --config {name}")
 
 
 def _refuse_linked(contents: Sequence[dict], overrides: Sequence[str]) -> None:
@@ -144,8 +153,9 @@ def _refuse_linked(contents: Sequence[dict], overrides: Sequence[str]) -> None:
             raise UsageError(f"{name} is no option of its own: {advice}")
 
 
-def _innermost(error: BaseException) -> BaseException:
-    while (below := error.__cause__ or error.__context__) is not None:
+def _own(error: BaseException) -> BaseException:
+    """The first error that is complete on its own, where there is one: what caused it tells less. Else the last."""
+    while not isinstance(error, UsageError) and (below := error.__cause__ or error.__context__) is not None:
         error = below
     return error
 

@@ -22,6 +22,8 @@ def read_file(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"there is no weights file or checkpoint at {path}")
+    if path.suffix == ".onnx":
+        raise UsageError(f"{path} is an exported network; give the checkpoint that it was made from (best.ckpt)")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
