@@ -161,6 +161,16 @@ def test_resume_of_a_run_that_the_clock_ended_asks_for_time(zoo, finished, tmp_p
     assert "runs/x: 3 epochs, 9 updates" in further.out, further.err
 
 
+def test_a_run_may_be_called_as_the_folder_of_its_images(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "runs" / "parts")
+    (tmp_path / "parts" / "train").mkdir(parents=True)
+    assert str(runs.find_checkpoint("parts")) == "runs/parts/checkpoints/best.ckpt"
+    # A path with checkpoints stays what it was.
+    (tmp_path / "parts" / "best.ckpt").touch()
+    assert str(runs.find_checkpoint("parts")) == "parts/best.ckpt"
+
+
 def test_validate_and_test_agree_with_the_record(zoo, finished, tmp_path):
     run = tmp_path / "runs" / "x"
     shutil.copytree(finished, run)

@@ -105,6 +105,9 @@ def find_checkpoint(given: str) -> Path:
     if path.is_file():
         return path
     folder = path if path.is_dir() else run_folder(given)
+    # A run is often called as the folder of its images: one without checkpoints is not what is meant.
+    if (ROOT / given).is_dir() and not checkpoints(folder) and not any(folder.glob("*.ckpt")):
+        folder = ROOT / given
     if not folder.is_dir():
         if path.suffix:
             raise UsageError(f"there is no checkpoint {given!r}. {_known_runs()}")
