@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -285,6 +286,17 @@ def test_weights_of_another_network_are_named_with_the_network(zoo, recipe, tmp_
     torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "weights.pth")
     line = ["fit", "--config", recipe, "--run", "x", "--model.pretrained", "weights.pth"]
     refused(zoo(*line), "weights.pth", "'zoo_vit_tiny_patch16_224'", "layer.weight", "Give the backbone")
+
+
+def test_weights_that_cannot_be_downloaded(zoo, recipe, tmp_path, monkeypatch):
+    def unreachable(*arguments, **options):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    options = ["--model.backbone_options", "null", "--data.img_size", "32", "--model.pretrained", "true"]
+    result = zoo("fit", "--config", recipe, "--run", "x", *options)
+    refused(result, "download failed", "--model.pretrained FILE", status=1)
 
 
 def test_exported_file_in_place_of_a_checkpoint(zoo, recipe, tmp_path):

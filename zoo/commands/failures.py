@@ -5,9 +5,11 @@ import contextlib
 import errno
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
+from urllib.error import URLError
 
 from zoo.errors import UsageError
 
@@ -64,6 +66,13 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "stopped by Ctrl-C", FAILED
     if isinstance(error, argparse.ArgumentError):
         return str(error), USAGE
+    unreached = next((e for e in _chain(error) if _of_network(e)), None)
+    if unreached is not None:
+        return (
+            f"a download failed: {_first(str(unreached))}. Without a network, give files: --model.pretrained FILE, "
+            "--data.root FOLDER",
+            FAILED,
+        )
     if isinstance(error, OSError):
         return _about_files(error)
     if isinstance(error, ImportError):
@@ -122,6 +131,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _of_network(error: BaseException) -> bool:
+    # Asked by name: none of these packages has to be there.
+    client = type(error).__module__.partition(".")[0] in ("httpcore", "httpx", "huggingface_hub", "requests", "urllib3")
+    return client or isinstance(error, (socket.gaierror, URLError))
 
 
 def _about_files(error: OSError) -> tuple[str, int]:
