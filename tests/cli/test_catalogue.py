@@ -38,7 +38,29 @@ def test_macs_count_products_of_convolutions_and_groups():
     assert count_macs(model, (4, 10, 10)) == 10 * 10 * 6 * 3 * 3 * 2 + 600 * 5
 
 
-@pytest.mark.parametrize("name", list_backbones())
+# Counting multiply-adds runs the network: seconds for deep ones. One of each family, the others with the slow tests.
+QUICK = {
+    "zoo_attention_resnet50",
+    "zoo_cswin_tiny",
+    "zoo_flatten_pvt_tiny",
+    "zoo_flatten_swin_tiny",
+    "zoo_halonet_h0",
+    "zoo_lambda_resnet26t",
+    "zoo_pvt_v2_b0",
+    "zoo_shvit_s1",
+    "zoo_swin_tiny_patch4_window7_224",
+    "zoo_uniformer_xxs",
+    "zoo_vit_tiny_cb_patch16_224",
+}
+
+
+def test_quick_names_exist():
+    assert set(list_backbones()) > QUICK
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in list_backbones()]
+)
 def test_info_of_every_backbone(zoo, name):
     shown = zoo("info", name)
     assert shown.status == 0, shown.err

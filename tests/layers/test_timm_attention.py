@@ -378,7 +378,7 @@ def test_a_model_compiled_before_is_traced_anew(monkeypatch):
     assert worst(answer, expected) < 1e-5  # float32 rounding
 
 
-@pytest.mark.parametrize("grid", [(12, 24), (7, 9)], ids=str)
+@pytest.mark.parametrize("grid", [pytest.param((12, 24), marks=pytest.mark.slow), (7, 9)], ids=str)
 @pytest.mark.parametrize("name", ["halo_stride", "halo_pool", "lambda_stride", "lambda_global", "bottleneck_stride"])
 def test_onnx(name, grid):
     pytest.importorskip("onnxscript")

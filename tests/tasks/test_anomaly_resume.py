@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # Update -> method: inside an epoch, and at the end of one. 6 updates an epoch; a bank has one epoch.
-CUTS = [("l2bt", 3), ("l2bt", 10), ("memory_bank", 3)]
+CUTS = [("l2bt", 3), pytest.param("l2bt", 10, marks=pytest.mark.slow), ("memory_bank", 3)]
 
 
 def program(anomaly, folder, *arguments):
