@@ -185,3 +185,16 @@ def test_spans_of_a_network():
         block.attn.qkv.weight.data.zero_()
     assert choose_attn_share(model, images(), 0.99) == [[1, 3]]
     create(depth=5, attn_share=[[1, 3]])
+
+
+def test_networks_and_thresholds_that_cannot_be_are_named():
+    with pytest.raises(UsageError, match="not of ResNet"):
+        choose_attn_share(timm.create_model("test_resnet"), images(), 0.9)
+    with pytest.raises(UsageError, match="softmax attention in all blocks"):
+        choose_attn_share(create(attn="efficient"), images(), 0.9)
+    with pytest.raises(UsageError, match="softmax attention in all blocks"):
+        choose_attn_share(timm.create_model("test_vit"), images(2, 160), 0.9)
+    with pytest.raises(UsageError, match="threshold=3 lies between 0 and 1"):
+        choose_attn_share(create(), images(), 3)
+    with pytest.raises(UsageError, match="longest=1 is 2 blocks or more"):
+        choose_attn_share(create(), images(), 0.9, longest=1)

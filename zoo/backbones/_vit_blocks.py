@@ -209,7 +209,18 @@ def choose_attn_share(model: nn.Module, images: Tensor, threshold: float, longes
         images: some images (B, in_chans, H, W), normalised.
         threshold: the least similarity of a map to that of the first block of its span, between 0 and 1.
         longest: the most blocks of a span.
+
+    Raises:
+        UsageError: the network is another one, `threshold` no share, or `longest` less than two blocks.
     """
+    blocks = getattr(model, "blocks", ())
+    if not blocks or not all(isinstance(getattr(block, "attn", None), SoftmaxAttention) for block in blocks):
+        raise UsageError(
+            f"choose_attn_share looks at the maps of a zoo ViT with softmax attention in all blocks, as "
+            f"create_model('zoo_vit_tiny_patch16_224') makes it, not of {type(model).__name__}"
+        )
+    if not 0 <= threshold <= 1 or longest < 2:
+        raise UsageError(f"threshold={threshold} lies between 0 and 1, and longest={longest} is 2 blocks or more")
     maps = []
     x, grid = model.embed(images)
     for block in model.blocks:

@@ -70,8 +70,8 @@ def draw_example(
     _show(grid[3], example.image)
     _outline(grid[3], example, pixel_threshold)
     grid[3].set_title("mask", fontsize=9, color=_TRUTH_TEXT, pad=3, loc="left")
-    grid[3].set_title("above threshold", fontsize=9, color=FOUND, pad=3, loc="right")
-    limit = "" if math.isnan(threshold) else f" (threshold {threshold:.4g})"
+    grid[3].set_title("flagged pixels", fontsize=9, color=FOUND, pad=3, loc="right")
+    limit = "" if math.isnan(threshold) else f" (image threshold {threshold:.4g})"
     name = short_path(example.path)
     word = verdict(example.defective, example.score, threshold)
     figure.suptitle(f"{example.kind}: {word}, score {example.score:.4g}{limit}\n{name}", fontsize=9)
