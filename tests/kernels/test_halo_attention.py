@@ -189,7 +189,9 @@ TRITON_CASES = [
     (4, 20, (6, 9, 6, 1, 3, True, False)),
     (32, 8, (1, 1, 8, 3, 1, False, False)),
     (4, 3, (7, 3, 2, 0, 1, False, False)),
-    (8, 8, (7, 4, 12, 3, 1, False, True)),  # several tiles of queries, windows of more than 16 columns
+    pytest.param(
+        (8, 8, (7, 4, 12, 3, 1, False, True)), marks=pytest.mark.slow
+    ),  # several tiles of queries, windows of more than 16 columns
     (8, 8, (7, 3, 10, 3, 1, False, False)),  # 100 queries at once
 ]
 
@@ -269,6 +271,7 @@ def test_triton_gives_equal_bits_every_time(triton, triton_device):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_triton_ops_are_registered_as_torch_wants(triton, triton_device):
     """torch's own checks: schema, fake tensors against real ones, autograd, AOT with fixed and changing sizes."""
     given = [t.detach().float().to(triton_device).requires_grad_() for t in tensors(3, 2, 2, 1, 2)]
@@ -282,7 +285,7 @@ def test_triton_ops_are_registered_as_torch_wants(triton, triton_device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_triton_op_stays_whole_under_compile(dynamic, triton, triton_device):
     backend = "aot_eager" if triton_device == "cpu" else "inductor"
     compiled = torch.compile(triton, fullgraph=True, backend=backend, dynamic=dynamic)

@@ -186,7 +186,7 @@ def compare(triton, device, inputs, bound):
     [
         (1, 1, 1, 1, 1),
         (5, 4, 9, 9, 2),
-        (6, 9, 3, 5, 1),
+        pytest.param((6, 9, 3, 5, 1), marks=pytest.mark.slow),
         *(pytest.param(case, marks=on_gpu) for case in [(9, 17, 1, 3, 4), (13, 8, 11, 9, 1), (19, 21, 9, 9, 1)]),
     ],
 )
@@ -215,6 +215,7 @@ def test_triton_takes_any_strides_and_dtypes_of_their_own(triton, triton_device,
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_triton_works_on_large_maps_in_bands(triton, triton_device, poisoned, monkeypatch):
     from zoo.kernels.lambda_attention import triton_impl
 
@@ -235,6 +236,7 @@ def test_triton_of_nothing_is_nothing(triton, triton_device):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_triton_gives_equal_bits_every_time(triton, triton_device):
     given = [t.detach().float().to(triton_device).requires_grad_() for t in tensors(3, 4, 3, 3, 1)]
     runs = []
@@ -253,6 +255,7 @@ def test_triton_op_is_registered_as_torch_wants(triton, triton_device):
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_triton_op_stays_whole_under_compile(triton, triton_device):
     backend = "aot_eager" if triton_device == "cpu" else "inductor"
     compiled = torch.compile(triton, fullgraph=True, backend=backend)
