@@ -106,7 +106,10 @@ def written_out(name, padded):
     return (total + size**2 * dim * final + (final or dim) * 1000) / 1e9
 
 
-@pytest.mark.parametrize("name", HALONETS)
+# Counting runs the network once at its own size: the large ones with the slow tests.
+@pytest.mark.parametrize(
+    "name", [name if name[-1] in "012" else pytest.param(name, marks=pytest.mark.slow) for name in HALONETS]
+)
 def test_halonets_have_the_published_multiply_adds(name):
     """The table counts maps that are padded to whole blocks, and stay so; here only attention pads.
 

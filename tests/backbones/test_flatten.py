@@ -49,7 +49,14 @@ def test_parameters_are_the_measured_ones(name):
     assert round(count / 1e6, 3) == MEASURED[name][1]
 
 
-@each
+# Counting runs the network once at its own size: the large ones with the slow tests.
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name.endswith(("_tiny", "_b0", "_b1", "_pvt_small")) else pytest.param(name, marks=pytest.mark.slow)
+        for name in MEASURED
+    ],
+)
 def test_multiply_adds_are_the_measured_ones(name):
     model = empty(name)
     size = model.default_cfg["input_size"]
@@ -257,11 +264,11 @@ def test_plain_hosts_are_timms_networks(ours, theirs, module, size):
     [
         ("zoo_pvt_v2_b2", 25.4, 4.0),
         ("zoo_swin_tiny_patch4_window7_224", 29, 4.5),
-        ("zoo_swin_base_patch4_window12_384", 88, 47.0),
+        pytest.param("zoo_swin_base_patch4_window12_384", 88, 47.0, marks=pytest.mark.slow),
         ("zoo_cswin_tiny", 23, 4.3),
         ("zoo_cswin_small", 35, 6.9),
-        ("zoo_cswin_base", 78, 15.0),
-        ("zoo_cswin_base_384", 78, 47.0),
+        pytest.param("zoo_cswin_base", 78, 15.0, marks=pytest.mark.slow),
+        pytest.param("zoo_cswin_base_384", 78, 47.0, marks=pytest.mark.slow),
     ],
 )
 def test_plain_hosts_have_the_published_size(name, params, gmacs):
