@@ -66,9 +66,11 @@ def test_both_ways_to_count_follow_the_definition(oracles, distribution, dense_f
     assert as_dict(bins) == by_counting(keys, CAP)
 
 
-def test_dense_counting_takes_part(oracles, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_dense_counting_takes_part(threads, oracles, monkeypatch):
     """Else the test before would compare sorting with itself: at level 0 and above, and round numbers apart."""
     monkeypatch.setattr(module, "DENSE_FROM", 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     seen = []
     count = module.counted
     monkeypatch.setattr(module, "counted", lambda *args: seen.append(count(*args)) or seen[-1])

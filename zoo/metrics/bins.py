@@ -6,15 +6,19 @@ were seen: not on their order, nor on how they were split into batches or proces
 `level` + 8 bits are zero, have bins of their own, because many pixels share them where maps are clipped or rectified.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+T = TypeVar("T")
+
 DEFAULT_MAX_BINS = 2**22
 SMALLEST_MAX_BINS = 2**14
 # Scores that wait for each bin, so that the bins are gone through seldom.
-WAITING_PER_BIN = 8
+WAITING_PER_BIN = 12
 # Slots of the dense counter for each bin kept; it lives only while fresh scores are counted.
 SLOTS_PER_BIN = 4
 # Below this many fresh scores sorting is cheaper than to clear and scan the dense counter.
@@ -23,7 +27,9 @@ PAGE_BITS = 16
 # Bits beyond the level that are zero in a round number.
 ROUND_BITS = 8
 # Fresh keys counted in one go: their number fits an int32.
-AT_ONCE = 2**25
+AT_ONCE = 2**26
+# Threads that count have slots of their own each: memory pays for every one.
+MOST_THREADS = 2
 # Keys at a time whose slots stay in the cache.
 CACHED = 2**15
 
@@ -136,9 +142,13 @@ def dense(fresh: np.ndarray, bins: Bins, max_bins: int) -> Bins | None:
 def touched_pages(*keys: np.ndarray) -> np.ndarray:
     """(65536,) bool: which upper halves occur among int32 keys."""
     touched = np.zeros(2**16, bool)
-    for part in keys:
+
+    def touch(part: np.ndarray) -> None:
         for start in range(0, part.size, CACHED):
             touched[(part[start : start + CACHED] >> PAGE_BITS) + 2**15] = True
+
+    for part in keys:
+        _in_threads(touch, part)
     return touched
 
 
@@ -150,14 +160,22 @@ def counted(fresh: np.ndarray, level: int, pages: np.ndarray) -> Bins:
     width = PAGE_BITS - level
     base = torch.from_numpy((np.cumsum(pages) - 1) << width)
     slots = int(pages.sum()) << width
-    # numpy asks the system for huge pages, without which looking up addresses takes half of the time.
-    counts, rounds = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
-    ones = torch.ones(CACHED, dtype=torch.int32)
-    for start in range(0, fresh.size, CACHED):
-        keys = torch.from_numpy(fresh[start : start + CACHED])
-        slot = base.index_select(0, (keys >> PAGE_BITS) + 2**15).add_((keys & 0xFFFF) >> level)
-        torch.from_numpy(counts).scatter_add_(0, slot, ones[: len(slot)])
-        np.add.at(rounds, slot.numpy()[is_round(keys.numpy(), level)], 1)
+
+    def count(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # numpy asks the system for huge pages, without which looking up addresses takes half of the time.
+        counts, rounds = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+        ones = torch.ones(CACHED, dtype=torch.int32)
+        for start in range(0, part.size, CACHED):
+            keys = torch.from_numpy(part[start : start + CACHED])
+            slot = base.index_select(0, (keys >> PAGE_BITS) + 2**15).add_((keys & 0xFFFF) >> level)
+            torch.from_numpy(counts).scatter_add_(0, slot, ones[: len(slot)])
+            np.add.at(rounds, slot.numpy()[is_round(keys.numpy(), level)], 1)
+        return counts, rounds
+
+    (counts, rounds), *others = _in_threads(count, fresh)
+    for more, more_rounds in others:
+        counts += more
+        rounds += more_rounds
     used = np.flatnonzero(counts)
     edge = ((np.flatnonzero(pages)[used >> width] - 2**15) << PAGE_BITS) | ((used & ((1 << width) - 1)) << level)
     edge, alone = edge.astype(np.int32), rounds[used]
@@ -165,3 +183,12 @@ def counted(fresh: np.ndarray, level: int, pages: np.ndarray) -> Bins:
     own, other = alone > 0, rest > 0
     key = np.concatenate([edge[own], cell(edge[other] + np.int32(level > 0), level)])
     return Bins(key, np.concatenate([alone[own], rest[other]]).astype(np.int64), level)
+
+
+def _in_threads(work: Callable[[np.ndarray], T], values: np.ndarray) -> list[T]:
+    """What `work` gives for each thread's part of `values`; numpy and torch let threads work side by side."""
+    parts = np.array_split(values, min(torch.get_num_threads(), MOST_THREADS))
+    if len(parts) == 1:
+        return [work(values)]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return list(pool.map(work, parts))
