@@ -34,7 +34,9 @@ def sizes(name, state):
     }
 
 
-@pytest.mark.skipif(not FOUND, reason="the recorded answers of the authors' layers are absent")
+@pytest.mark.skipif(
+    not FOUND, reason="the authors' recorded answers lie beside the project, in ../shared/golden, and are absent here"
+)
 @pytest.mark.parametrize("name", FOUND)
 def test_equals_the_recorded_module(name):
     check, golden = recorded(name)

@@ -12,7 +12,10 @@ from zoo import create_attention
 from zoo.errors import UsageError
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded answers of the authors' layers are absent")
+needs_golden = pytest.mark.skipif(
+    not GOLDEN.is_dir(),
+    reason="the authors' recorded answers lie beside the project, in ../shared/golden, and are absent here",
+)
 
 
 def recorded(name):

@@ -48,7 +48,12 @@ def pytest_generate_tests(metafunc):
     """A test that takes `golden` runs for every record whose name begins with its module's GOLDENS."""
     if "golden" in metafunc.fixturenames:
         paths = sorted(GOLDEN.glob(f"{metafunc.module.GOLDENS}_*.json"))
-        absent = pytest.param(None, marks=pytest.mark.skip(reason="the recorded answers of the authors are absent"))
+        absent = pytest.param(
+            None,
+            marks=pytest.mark.skip(
+                reason="the authors' recorded answers lie beside the project, in ../shared/golden, and are absent here"
+            ),
+        )
         records = [pytest.param(Golden(path), id=path.stem) for path in paths]
         metafunc.parametrize("golden", records or [absent])
 

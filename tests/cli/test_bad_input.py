@@ -164,7 +164,10 @@ def test_folder_that_cannot_be_written(zoo, recipe, tmp_path):
     refused(zoo("fit", "--config", recipe, "--run", "file/x"), "file/x", "cannot be written", "--run")
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a file system that nobody may write to")
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self"),
+    reason="needs a folder that even root cannot write to: /proc, which Linux alone has",
+)
 def test_read_only_folder(zoo, recipe):
     refused(zoo("fit", "--config", recipe, "--run", "/proc/zoo/x"), "/proc/zoo/x", "cannot be written")
 

@@ -83,7 +83,10 @@ def test_published_accuracies_belong_to_networks_that_exist(zoo):
 SPECS = Path(__file__).parents[3] / "shared" / "specs"
 
 
-@pytest.mark.skipif(not SPECS.is_dir(), reason="the facts about the authors' networks are absent")
+@pytest.mark.skipif(
+    not SPECS.is_dir(),
+    reason="the authors' published tables lie beside the project, in ../shared/specs, and are absent here",
+)
 @pytest.mark.parametrize(("family", "rows"), [("uniformer", 10), ("shvit", 4), ("flatten", 7)])
 def test_published_accuracies_are_those_of_the_authors(family, rows):
     """The column top-1 of the tables of variants; rows of two networks and figures of a plot are left out."""

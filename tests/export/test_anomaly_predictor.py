@@ -338,7 +338,9 @@ sys.exit(status)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc, which Linux alone has"
+)
 @pytest.mark.parametrize("tiles", [[], ["--tile", "512"]], ids=["whole", "tiles"])
 def test_large_images_in_little_memory(tmp_path, tiles):
     """Six photos of 3000 x 2000, with a bank of 20,000 places at 224 pixels: peak resident memory below 2 GB."""

@@ -280,7 +280,10 @@ def test_bad_target(tmp_path, small, name, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs a folder that even root cannot write to")
+@pytest.mark.skipif(
+    not os.path.isdir("/sys/kernel"),
+    reason="needs a folder that even root cannot write to: /sys, which Linux alone has",
+)
 def test_folder_that_cannot_be_written_to(small):
     with pytest.raises(UsageError, match="/sys/kernel cannot be written to"):
         to_onnx(small, "/sys/kernel/m.onnx")

@@ -285,7 +285,9 @@ sys.exit(status)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc, which Linux alone has"
+)
 @pytest.mark.parametrize("head", ["fpn", "upernet"])
 def test_a_large_image_in_little_memory(tmp_path, head):
     """Photos of 2000 x 1500 pixels and of 1 megapixel, 11 classes: peak resident memory below 2 GB."""

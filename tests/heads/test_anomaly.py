@@ -16,7 +16,10 @@ from zoo.heads.anomaly.maps import box_means, gaussian, resize, top_mean
 from zoo.heads.anomaly.memory_bank import Reservoir, k_centres, nearest
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded answers of the authors are absent")
+needs_golden = pytest.mark.skipif(
+    not GOLDEN.is_dir(),
+    reason="the authors' recorded answers lie beside the project, in ../shared/golden, and are absent here",
+)
 
 
 def recorded(name):
@@ -92,7 +95,7 @@ def test_centres_are_the_farthest_from_those_before():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: compares its choice with the CPU's")
 def test_centres_chosen_on_a_gpu_are_those_of_the_cpu():
     rows = torch.randn(500, 200, generator=torch.Generator().manual_seed(1))
     chosen = k_centres(rows.cuda(), 40)

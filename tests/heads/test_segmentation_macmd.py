@@ -15,7 +15,10 @@ from zoo.heads.segmentation.macmd_layers import ChannelGate, ContextGate, Dilate
 from zoo.heads.segmentation.macmd_mixing import Agreement, ChannelMixer, CrossScaleMixer, nearest, quarter_shift
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the recorded answers of the authors are absent")
+needs_golden = pytest.mark.skipif(
+    not GOLDEN.is_dir(),
+    reason="the authors' recorded answers lie beside the project, in ../shared/golden, and are absent here",
+)
 # Entries of the published files that ours have no use for: a norm that no forward calls, a stem of grey images.
 UNUSED_NORMS = 2 * (512 + 640 + 256 + 128)
 GREY_STEM = 12

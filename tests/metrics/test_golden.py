@@ -15,7 +15,10 @@ LIMITS = (0.3, 0.1, 0.05, 0.01)
 # Answers are returned as float32, whose rounding is 6e-8 of values below 1.
 CLOSE = {"rtol": 0, "atol": 1e-7}
 
-pytestmark = pytest.mark.skipif(not FILE.is_file(), reason="the recorded answers of the authors' code are absent")
+pytestmark = pytest.mark.skipif(
+    not FILE.is_file(),
+    reason="the authors' recorded answers lie beside the project, in ../shared/golden, and are absent here",
+)
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,7 @@ def choose_attn_share(model: nn.Module, images: Tensor, threshold: float, longes
     blocks = getattr(model, "blocks", ())
     if not blocks or not all(isinstance(getattr(block, "attn", None), SoftmaxAttention) for block in blocks):
         raise UsageError(
-            f"choose_attn_share looks at the maps of a zoo ViT with softmax attention in all blocks, as "
+            "choose_attn_share looks at the maps of a zoo ViT with softmax attention in all blocks, as "
             f"create_model('zoo_vit_tiny_patch16_224') makes it, not of {type(model).__name__}"
         )
     if not 0 <= threshold <= 1 or longest < 2:
