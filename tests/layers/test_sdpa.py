@@ -6,15 +6,22 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zoo.attention import create_attention
+from zoo.attention import create_attention, list_attentions
 from zoo.layers import sdpa
 from zoo.layers.sdpa import dot_product_attention
 
 
 @pytest.mark.parametrize(
-    ("device", "grad", "cudnn"), [("cuda", True, False), ("cuda", False, True), ("cpu", True, True)]
+    ("device", "grad", "masked", "cudnn"),
+    [
+        ("cuda", True, False, False),
+        ("cuda", True, True, False),
+        ("cuda", False, True, False),
+        ("cuda", False, False, True),
+        ("cpu", True, True, True),
+    ],
 )
-def test_gradients_on_a_gpu_leave_cudnn_out(device, grad, cudnn, monkeypatch):
+def test_gradients_and_masks_on_a_gpu_leave_cudnn_out(device, grad, masked, cudnn, monkeypatch):
     seen = []
 
     def look(q, *args, **kwargs):
@@ -24,7 +31,7 @@ def test_gradients_on_a_gpu_leave_cudnn_out(device, grad, cudnn, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", look)
     with FakeTensorMode(), torch.set_grad_enabled(grad):
         q = torch.empty(1, 1, 64, 8, device=device)
-        dot_product_attention(q, q, q)
+        dot_product_attention(q, q, q, attn_mask=torch.empty(64, 64, device=device) if masked else None)
     assert seen == [(cudnn, True)]
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
@@ -63,6 +70,31 @@ def test_equals_torchs_own_as_one_graph(call):
     assert torch.equal(got, want)
     for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (got, want)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in list_attentions()),
+        ("window", {"rel_pos_bias": True, "window_size": 3}),
+        ("shifted_window", {"rel_pos_bias": True, "window_size": 3}),
+    ],
+)
+def test_masks_have_their_keys_side_by_side(name, options, monkeypatch):
+    """torch's fused kernels take no others: it falls back to a map in float32."""
+    layouts = []
+    torchs = F.scaled_dot_product_attention
+
+    def look(q, k, v, attn_mask=None, **kwargs):
+        layouts.append(attn_mask is None or attn_mask.stride(-1) == 1)
+        return torchs(q, k, v, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    attention = create_attention(name, 32, grid_size=(6, 6), **options)
+    attention(torch.randn(2, 36, 32), (6, 6))
+    assert all(layouts)
+    if options:
+        assert layouts  # what this test came from
 
 
 @pytest.mark.gpu

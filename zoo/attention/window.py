@@ -256,7 +256,8 @@ class WindowAttention(_Windowed):
         down = rows[:, None, None, None] - rows[None, None, :, None] + height - 1
         right = columns[None, :, None, None] - columns[None, None, None, :] + width - 1
         index = (down * (2 * width - 1) + right).reshape(window[0] * window[1], -1)
-        return table[index].permute(2, 0, 1)[None]
+        # Fused attention on a GPU wants keys side by side in memory, and gives way to a float32 map otherwise.
+        return table[index].permute(2, 0, 1)[None].contiguous()
 
 
 @register_attention(
