@@ -164,9 +164,12 @@ def test_fused_network_answers_the_same_with_fewer_layers(options):
     assert not fused.training
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in fused.modules())
     # One convolution for each that there was, and not one addition round a depthwise one.
-    assert [m.weight.shape for m in fused.modules() if isinstance(m, nn.Conv2d)] == [
-        m.weight.shape for m in model.modules() if isinstance(m, nn.Conv2d)
-    ]
+    was, now = ([m for m in one.modules() if isinstance(m, nn.Conv2d)] for one in (model, fused))
+    assert [m.weight.shape for m in now[4:]] == [m.weight.shape for m in was[4:]]
+    # Four in the stem, with channels between them filled up to eights.
+    assert [m.in_channels for m in now[:4]] == [3, *(-(-m.in_channels // 8) * 8 for m in was[1:4])]
+    assert [m.weight.shape[:2] for m in now[:4]] == [(m.out_channels, m.in_channels) for m in now[:4]]
+    assert now[3].out_channels == was[3].out_channels
     assert type(fused.stages[0].blocks[0].conv) is nn.Conv2d
     assert type(fused.stages[1].downsample[0]) is nn.Conv2d
     for size in ((64, 64), (50, 71)):

@@ -1,11 +1,8 @@
 """The bench tool: right answers are timed, wrong ones are caught, the page follows from the records."""
 
-import ast
 import json
-import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -309,28 +306,6 @@ def test_the_page_of_the_project_follows_from_its_records():
     assert cli.main(["report", "--check"]) == 0
 
 
-def test_processes_that_share_a_file_are_timed_one_at_a_time(tmp_path):
-    program = """
-import sys, time
-from pathlib import Path
-from tools.bench import timing
-timing.take_turns(Path(sys.argv[1]))
-spans = []
-for _ in range(5):
-    with timing.alone("cpu"):
-        start = time.monotonic()
-        time.sleep(0.05)
-        spans.append((start, time.monotonic()))
-print(spans)
-"""
-    command = [sys.executable, "-c", program, str(tmp_path / "turns")]
-    options = {"stdout": subprocess.PIPE, "text": True, "cwd": machine.ROOT}
-    running = [subprocess.Popen(command, **options) for _ in range(2)]
-    spans = sorted(span for process in running for span in ast.literal_eval(process.communicate(timeout=120)[0]))
-    assert len(spans) == 10
-    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
-
-
 class Net(nn.Module):
     """Logits of the mean pixel, with a fault to switch on."""
 
@@ -365,6 +340,13 @@ def test_a_network_is_checked_and_timed():
     ]
     for one in rows:
         assert one["images_per_second"] == pytest.approx(1e3 * one["batch"] / one["timing"]["median_ms"])
+
+
+def test_one_pass_of_a_network_alone():
+    rows = list(run_case(small(0.0), replace(QUICK, passes=("inference",))))
+    assert [(r["side"], r["pass"]) for r in rows] == [("ours", "inference"), ("timm", "inference")]
+    args = cli.parser().parse_args(["networks", "net", "--pass", "inference"])
+    assert "--pass inference" in cli.command_of(args)
 
 
 def test_a_wrong_network_gets_no_speed():

@@ -24,8 +24,8 @@ import torch
 
 from tools.bench import machine, report
 from tools.bench.cases import CASES, KINDS, Case, FunctionCase, select
-from tools.bench.run import COMPARE, Options, run_case
-from tools.bench.timing import rates, synchronize, take_turns
+from tools.bench.run import COMPARE, PASSES, Options, run_case
+from tools.bench.timing import rates, synchronize
 
 COMMANDS = {"ops": ("op", "layer"), "attentions": ("attention",), "networks": ("network",), "headlines": ("headline",)}
 PAGE = machine.ROOT / "zoo" / "kernels" / "BENCHMARKS.md"
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "profile":
             one.add_argument("network", help="a case of `list`, or any name that timm.create_model knows")
             one.add_argument("--mode", choices=("eager", "compile", "recipe", "fused"), default="eager")
-            one.add_argument("--pass", dest="what", choices=("training", "inference"), default="training")
+            one.add_argument("--pass", dest="what", choices=PASSES, default="training")
             one.add_argument("--side", choices=("ours", "timm"), default="ours")
             one.add_argument("--top", type=int, default=15, help="single kernels to list (default 15)")
             continue
@@ -57,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing new is started")
         one.add_argument("--out", type=Path, help="folder of the records (default tools/bench/records; --quick: none)")
         one.add_argument("--add", action="store_true", help="keep rows of earlier records that are not made again")
-        one.add_argument("--turns", type=Path, metavar="FILE", help="runs with one FILE compile together, time in turn")
+        if name in ("networks", "headlines"):
+            one.add_argument("--pass", dest="what", choices=PASSES, help="default: both")
     commands.add_parser("list")
     page = commands.add_parser("report")
     page.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
@@ -159,9 +160,9 @@ def bench(args: argparse.Namespace, top: argparse.ArgumentParser) -> int:
     except ValueError as error:
         top.error(str(error))
     dtype = getattr(torch, args.dtype)
-    if args.turns:
-        take_turns(args.turns)
     options = Options(device_of(args, top), args.quick, compare, dtype, start + args.budget)
+    if getattr(args, "what", None):
+        options = replace(options, passes=(args.what,))
     out = args.out or (None if args.quick else machine.RECORDS)
     return execute(cases, options, command_of(args), out, args.add)
 
@@ -169,7 +170,8 @@ def bench(args: argparse.Namespace, top: argparse.ArgumentParser) -> int:
 def command_of(args: argparse.Namespace) -> str:
     """The command without what hangs on the machine and not on the figures."""
     words = ["python", "-m", "tools.bench", args.action, *([args.pattern] if args.pattern != "*" else [])]
-    words += ["--compare", args.compare, "--dtype", args.dtype, *(["--quick"] if args.quick else [])]
+    words += ["--compare", args.compare, "--dtype", args.dtype]
+    words += [*(["--pass", args.what] if getattr(args, "what", None) else []), *(["--quick"] if args.quick else [])]
     return shlex.join(words)
 
 

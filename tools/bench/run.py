@@ -15,6 +15,7 @@ from tools.bench.check import WrongAnswer, check_function, error
 from tools.bench.timing import Memory, Rates, measure
 
 COMPARE = ("timm", "softmax", "eager", "compile", "fused", "graph", "recipe")
+PASSES = ("inference", "training")
 # So much data in turn does not stay in the cache of a large GPU.
 ROTATED = 192e6
 
@@ -34,6 +35,7 @@ class Options:
         dtype: in which ops and layers compute.
         deadline: time.monotonic() after which nothing new is started.
         rates: of the device; None leaves floors out.
+        passes: of networks, of "inference" and "training".
     """
 
     device: str
@@ -42,6 +44,7 @@ class Options:
     dtype: torch.dtype = torch.bfloat16
     deadline: float = math.inf
     rates: Rates | None = None
+    passes: tuple[str, ...] = PASSES
 
     def within_budget(self) -> None:
         if time.monotonic() > self.deadline:

@@ -49,8 +49,8 @@ def network_sides(case: NetworkCase, compare: tuple[str, ...]) -> list[tuple[str
 def run_network(case: NetworkCase, options: Options) -> Iterator[dict[str, Any]]:
     """The rows of a network: inference and training of each side and mode."""
     for side, mode in network_sides(case, options.compare):
-        for what in case.passes:
-            if (mode, what) in (("recipe", "inference"), ("fused", "training")):
+        for what in options.passes:
+            if what not in case.passes or (mode, what) in (("recipe", "inference"), ("fused", "training")):
                 continue
             row = {"side": side, "mode": mode, "pass": what, "status": "ok"}
             tidy()

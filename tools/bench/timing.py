@@ -1,57 +1,13 @@
 """How long and how much: medians over repeats, peak memory, and the two rates of the device."""
 
-import contextlib
-import fcntl
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
-from pathlib import Path
-from typing import IO
 
 import torch
-
-_turns: tuple[IO, IO] | None = None
-
-
-def take_turns(path: Path) -> None:
-    """Lets several processes work on one GPU, building, compiling and checking, while none of them is being timed.
-
-    Args:
-        path: a file that they share; made if it is absent.
-    """
-    global _turns
-    _turns = path.open("a"), path.with_name(f"{path.name}.gate").open("a")
-    _join(*_turns)
-
-
-def _join(work: IO, gate: IO) -> None:
-    # Who wants to be alone keeps the gate until it is: those who come later would keep it waiting for ever.
-    fcntl.flock(gate, fcntl.LOCK_EX)
-    fcntl.flock(work, fcntl.LOCK_SH)
-    fcntl.flock(gate, fcntl.LOCK_UN)
-
-
-@contextlib.contextmanager
-def alone(device: str) -> Iterator[None]:
-    """While this lasts no other process that takes turns uses the GPU."""
-    if _turns is None:
-        yield
-        return
-    work, gate = _turns
-    synchronize(device)
-    fcntl.flock(work, fcntl.LOCK_UN)
-    fcntl.flock(gate, fcntl.LOCK_EX)
-    fcntl.flock(work, fcntl.LOCK_EX)
-    fcntl.flock(gate, fcntl.LOCK_UN)
-    try:
-        yield
-        synchronize(device)
-    finally:
-        fcntl.flock(work, fcntl.LOCK_UN)
-        _join(work, gate)
 
 
 @dataclass(frozen=True)
@@ -89,11 +45,6 @@ def span(call: Callable[[], object], device: str) -> float:
 
 def measure(calls: Sequence[Callable[[], object]], device: str, quick: bool = False) -> Timing:
     """Times calls that do the same on different data, in turn, so that the data do not sit in the cache."""
-    with alone(device):
-        return _measure(calls, device, quick)
-
-
-def _measure(calls: Sequence[Callable[[], object]], device: str, quick: bool) -> Timing:
     turn = cycle(calls)
 
     def several(count: int) -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, SqueezeExcite, calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from zoo.backbones._staged import (
     stage_grids,
 )
 from zoo.errors import UsageError
-from zoo.layers.conv_norm import ConvNorm, NormLinear, ResidualDepthwise
+from zoo.layers.conv_norm import ConvNorm, NormLinear, ResidualDepthwise, fuse_children
 
 __all__ = ["SHViT"]
 
@@ -87,6 +88,26 @@ class Block(nn.Module):
         return self.ffn(x)
 
 
+class Stem(nn.Sequential):
+    """Convolutions of stride 2 with ReLUs between: images (B, in_chans, H, W) -> maps (B, C, H/16, W/16)."""
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Without norms, and between convolutions with channels that stay zero up to a multiple of eight, in place.
+
+        A GPU's convolutions copy maps in half precision whose channels (28 in S4) are no such multiple.
+        """
+        fuse_children(self)
+        convs = [layer for layer in self if isinstance(layer, nn.Conv2d)]
+        for before, after in pairwise(convs):
+            more = -before.out_channels % 8
+            before.weight = nn.Parameter(F.pad(before.weight, (0, 0, 0, 0, 0, 0, 0, more)))
+            before.bias = nn.Parameter(F.pad(before.bias, (0, more)))
+            after.weight = nn.Parameter(F.pad(after.weight, (0, 0, 0, 0, 0, more)))
+            before.out_channels = after.in_channels = before.out_channels + more
+        return self
+
+
 class SHViT(StagedNetwork):
     """SHViT for images of any size: stages of reduction 16, 32 and 64.
 
@@ -138,7 +159,7 @@ class SHViT(StagedNetwork):
         stem: list[nn.Module] = []
         for before, after in pairwise(widths):
             stem += [ConvNorm(before, after, 3, stride=2), nn.ReLU()]
-        self.patch_embed = nn.Sequential(*stem[:-1])
+        self.patch_embed = Stem(*stem[:-1])
         for stage, (dim, name) in enumerate(zip(embed_dims, names, strict=True)):
             defaults = {"partial_dim": partial_dims[stage], "qk_dim": qk_dim, "num_heads": _heads(dim)}
             blocks: list[nn.Module] = []

@@ -7,8 +7,8 @@ from zoo.kernels.dispatch import Op, dispatch, register
 from zoo.kernels.focused_linear_attention import reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Numbers of a tile's row and of the sums that a program holds in registers.
-_WIDEST, _LARGEST = 512, 2**15
+# Numbers of a tile's row, and of the sums, which a program has twice in its 227 KB of shared memory.
+_WIDEST, _LARGEST, _LARGEST_FLOAT32 = 512, 2**15, 2**14
 
 
 # `impl` is keyword-only by intent and not by signature: TorchScript takes no keyword-only arguments with defaults.
@@ -130,10 +130,11 @@ def _unsupported(
         if tensor.device != q.device:
             return f"{name} is on {tensor.device} and q on {q.device}"
     heads, depth = _padded(num_heads, 1), _padded(q.shape[2] // num_heads, 16)
-    if heads * depth > _WIDEST or heads * depth * depth > _LARGEST:
+    largest = _LARGEST_FLOAT32 if v.dtype == torch.float32 else _LARGEST
+    if heads * depth > _WIDEST or heads * depth * depth > largest:
         return (
             f"there are {num_heads} heads of {q.shape[2] // num_heads} channels, and with both rounded up to powers of "
-            f"two the kernel takes up to {_WIDEST} channels and {_LARGEST} sums heads * d * d"
+            f"two the kernel takes up to {_WIDEST} channels and, in {v.dtype}, {largest} sums heads * d * d"
         )
     return None
 

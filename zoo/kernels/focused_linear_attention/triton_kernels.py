@@ -39,6 +39,15 @@ def _focus_grad(grad, x, scale, unit, size, focused, raised_size, POWER: tl.cons
 
 
 @triton.jit
+def _operand(x, WORK: tl.constexpr, PRECISION: tl.constexpr):
+    """An operand of a product, rounded where it is TF32: tensor cores cut the 13 last bits off, which is a bias."""
+    x = x.to(WORK)
+    if PRECISION == "tf32":
+        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def sum_keys(
     k_ptr,
     v_ptr,
@@ -81,7 +90,12 @@ def sum_keys(
         _unit, size, focused, _raised_size = _focus(x, scale, channels, POWER)
         key = tl.where(live, size * focused, 0.0)
         value = tl.load(v_ptr + n.to(tl.int64) * v_n, mask=live, other=0.0)
-        sums = tl.dot(tl.permute(key.to(WORK), [0, 2, 1]), value.to(WORK), sums, input_precision=PRECISION)
+        sums = tl.dot(
+            tl.permute(_operand(key, WORK, PRECISION), [0, 2, 1]),
+            _operand(value, WORK, PRECISION),
+            sums,
+            input_precision=PRECISION,
+        )
         mean += tl.sum(key, axis=1)
         start += BLOCK
     place = image * tl.num_programs(1) + part
@@ -130,6 +144,7 @@ def answer_queries(
     channel, channels = head * D + d, (head < HEADS) & (d < D)
     scale = tl.load(scale_ptr + channel, mask=channels, other=1.0)
     sums, mean = _sums(sums_ptr, mean_ptr, image, HEADS, HP, D, DP)
+    sums = _operand(sums, WORK, PRECISION)
     q_ptr += image * q_b + channel * q_c
     out_ptr += image * tokens * (HEADS * D) + channel
     start, end = part * run, tl.minimum(tokens, part * run + run)
@@ -139,7 +154,7 @@ def answer_queries(
         x = tl.load(q_ptr + n.to(tl.int64) * q_n, mask=live, other=0.0).to(tl.float32)
         _unit, size, focused, _raised_size = _focus(x, scale, channels, POWER)
         query = size * focused
-        out = tl.dot(query.to(WORK), sums.to(WORK), input_precision=PRECISION)
+        out = tl.dot(_operand(query, WORK, PRECISION), sums, input_precision=PRECISION)
         out /= tl.sum(query * mean, axis=2)[:, :, None] + 1e-6
         tl.store(out_ptr + n * (HEADS * D), out.to(out_ptr.dtype.element_ty), mask=live)
         start += BLOCK
@@ -179,7 +194,7 @@ def queries_grad(
     channel, channels = head * D + d, (head < HEADS) & (d < D)
     scale = tl.load(scale_ptr + channel, mask=channels, other=1.0)
     sums, mean = _sums(sums_ptr, mean_ptr, image, HEADS, HP, D, DP)
-    sums = sums.to(WORK)
+    sums = _operand(sums, WORK, PRECISION)
     grad_ptr += image * g_b + channel * g_c
     q_ptr += image * q_b + channel * q_c
     grad_q_ptr += image * tokens * (HEADS * D) + channel
@@ -195,14 +210,15 @@ def queries_grad(
         query = size * focused
         grad = tl.load(grad_ptr + n.to(tl.int64) * g_n, mask=live, other=0.0).to(tl.float32)
         normaliser = tl.sum(query * mean, axis=2)[:, :, None] + 1e-6
-        out = tl.dot(query.to(WORK), sums, input_precision=PRECISION) / normaliser
+        worked = _operand(query, WORK, PRECISION)
+        out = tl.dot(worked, sums, input_precision=PRECISION) / normaliser
         # Of the numerator and of the normaliser.
         grad /= normaliser
         grad_normaliser = -tl.sum(grad * out, axis=2)[:, :, None]
-        turned = tl.permute(query.to(WORK), [0, 2, 1])
-        grad_sums = tl.dot(turned, grad.to(WORK), grad_sums, input_precision=PRECISION)
+        of_out = _operand(grad, WORK, PRECISION)
+        grad_sums = tl.dot(tl.permute(worked, [0, 2, 1]), of_out, grad_sums, input_precision=PRECISION)
         grad_mean += tl.sum(query * grad_normaliser, axis=1)
-        grad = tl.dot(grad.to(WORK), tl.permute(sums, [0, 2, 1]), input_precision=PRECISION) + grad_normaliser * mean
+        grad = tl.dot(of_out, tl.permute(sums, [0, 2, 1]), input_precision=PRECISION) + grad_normaliser * mean
         grad, of_scale = _focus_grad(grad, x, scale, unit, size, focused, raised_size, POWER)
         grad_scale += tl.sum(tl.where(live, of_scale, 0.0), axis=1)
         tl.store(grad_q_ptr + n * (HEADS * D), grad.to(grad_q_ptr.dtype.element_ty), mask=live)
@@ -251,7 +267,7 @@ def keys_grad(
     channel, channels = head * D + d, (head < HEADS) & (d < D)
     scale = tl.load(scale_ptr + channel, mask=channels, other=1.0)
     sums, mean = _sums(grad_sums_ptr, grad_mean_ptr, image, HEADS, HP, D, DP)
-    sums = (sums / tokens).to(WORK)
+    sums = _operand(sums / tokens, WORK, PRECISION)
     mean /= tokens
     k_ptr += image * k_b + channel * k_c
     v_ptr += image * v_b + channel * v_c
@@ -265,9 +281,10 @@ def keys_grad(
         x = tl.load(k_ptr + n.to(tl.int64) * k_n, mask=live, other=0.0).to(tl.float32)
         x += tl.load(positions_ptr + n * (HEADS * D) + channel, mask=live, other=0.0).to(tl.float32)
         unit, size, focused, raised_size = _focus(x, scale, channels, POWER)
-        grad = tl.dot((size * focused).to(WORK), sums, input_precision=PRECISION)
+        grad = tl.dot(_operand(size * focused, WORK, PRECISION), sums, input_precision=PRECISION)
         tl.store(grad_v_ptr + n * (HEADS * D), grad.to(grad_v_ptr.dtype.element_ty), mask=live)
-        value = tl.load(v_ptr + n.to(tl.int64) * v_n, mask=live, other=0.0).to(WORK)
+        value = tl.load(v_ptr + n.to(tl.int64) * v_n, mask=live, other=0.0)
+        value = _operand(value, WORK, PRECISION)
         grad = tl.dot(value, tl.permute(sums, [0, 2, 1]), input_precision=PRECISION) + mean
         grad, of_scale = _focus_grad(grad, x, scale, unit, size, focused, raised_size, POWER)
         grad_scale += tl.sum(tl.where(live, of_scale, 0.0), axis=1)
