@@ -17,7 +17,7 @@ def page(records: list[dict[str, Any]]) -> str:
         "`memory_bank_224` from 300 normals met the test images three times: its image score came from the smoothed",
         "map first (0.762), then from the places (0.764), and now its local mean has zeros beyond the border, as the",
         "peer's has: without them the farthest place of most good images is at the border. A comparison of both on",
-        "good images for learning showed it, and `val` agreed. Its GPU row is older: of it time and memory hold.",
+        "good images for learning showed it, and `val` agreed.",
         "Other banks met the test images before that change too, and are gone with it: directions of vectors at 224",
         "pixels reached image AUROC 0.874 and AU-PRO 0.689, at 448 pixels 0.853 and 0.745.",
         "",
