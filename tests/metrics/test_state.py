@@ -11,15 +11,22 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torchmetrics import MetricCollection
 
 from zoo.errors import UsageError
-from zoo.metrics import AUPRO, ImageAUPR, ImageAUROC, ImageF1Max, PixelAUPR, PixelAUROC, PixelF1Max
-from zoo.metrics.bins import SMALLEST_MAX_BINS
+from zoo.metrics import AUPRO, ImageAUPR, ImageAUROC, ImageF1Max, PixelAUPR, PixelAUROC, PixelF1Max, base
+from zoo.metrics.bins import DEFAULT_MAX_BINS, SMALLEST_MAX_BINS
 
 PIXEL = [AUPRO, PixelAUROC, PixelAUPR, PixelF1Max]
 IMAGE = [ImageAUROC, ImageAUPR, ImageF1Max]
 LIMITS = (0.3, 0.1, 0.05, 0.01)
 SMALL = SMALLEST_MAX_BINS
+WAITING = 3
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*only certain to")
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """Binning in the midst of these few pixels, not at their end alone."""
+    monkeypatch.setattr(base, "WAITING_PER_BIN", WAITING)
 
 
 def make(kind, **options):
@@ -187,7 +194,7 @@ def test_state_is_bounded(oracles, kind):
     """The promised bytes a bin and a waiting score, for both kinds, however many scores."""
     metric = make(kind)
     keys = {"good": 4, "bad": 8 if kind is AUPRO else 4}
-    bound = sum((size + 8) * SMALL + 8 * SMALL * size for size in keys.values()) + 64
+    bound = sum((size + 8) * SMALL + WAITING * SMALL * size for size in keys.values()) + 64
     for seed in range(16):
         metric.update(*photos(oracles, seed=seed, count=4))
         assert size_of(metric) <= bound
@@ -280,10 +287,10 @@ def test_the_stated_error_holds(oracles, distribution, monkeypatch):
 
 @pytest.mark.slow
 def test_exact_to_a_ten_thousandth_with_many_pixels(oracles, distribution):
-    """16.8 million pixels in the default bins, which are four times fewer, without a warning."""
+    """16.8 million pixels in the default bins, which are sixteen times fewer, without a warning."""
     maps, masks = photos(oracles, distribution, count=16, side=1024)
     expected = exact(oracles, maps, masks)
-    for name, metric in metrics(2**22).items():
+    for name, metric in metrics(DEFAULT_MAX_BINS).items():
         fed(metric, maps, masks, [slice(0, 5), slice(5, 16)])
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -15,10 +15,10 @@ import torch
 
 T = TypeVar("T")
 
-DEFAULT_MAX_BINS = 2**22
+DEFAULT_MAX_BINS = 2**21
 SMALLEST_MAX_BINS = 2**14
 # Scores that wait for each bin, so that the bins are gone through seldom.
-WAITING_PER_BIN = 12
+WAITING_PER_BIN = 24
 # Slots of the dense counter for each bin kept; it lives only while fresh scores are counted.
 SLOTS_PER_BIN = 4
 # Below this many fresh scores sorting is cheaper than to clear and scan the dense counter.
@@ -48,7 +48,10 @@ def ordered(scores: np.ndarray) -> np.ndarray:
     bits = np.asarray(scores, np.float32).view(np.int32)
     sign = bits >> 31
     # The bits of a magnitude grow with it. Negated, and not inverted, so that round numbers stay round.
-    return ((bits & np.int32(0x7FFFFFFF)) ^ sign) - sign
+    keys = bits & np.int32(0x7FFFFFFF)
+    keys ^= sign
+    keys -= sign
+    return keys
 
 
 def score_of(keys: np.ndarray) -> np.ndarray:
