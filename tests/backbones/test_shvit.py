@@ -179,6 +179,8 @@ def test_fused_network_answers_the_same_with_fewer_layers(options):
             torch.testing.assert_close(one, two, **NEAR)
     again = copy.deepcopy(fused).fuse()
     assert torch.equal(again(images()), fused(images()))
+    frozen = model.requires_grad_(False).fuse()
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
 @pytest.mark.slow

@@ -190,6 +190,29 @@ def test_triton_equals_the_loop_with_every_gradient(case, dtype, triton, triton_
     compare(triton, triton_device, inputs, case[3:], few * BOUND[dtype])
 
 
+if dispatch.HAS_TRITON:
+    import triton as language
+    import triton.language as tl
+
+    from zoo.kernels.focused_linear_attention import triton_kernels
+
+    @language.jit
+    def operands(x_ptr, out_ptr, N: tl.constexpr):
+        place = tl.arange(0, N)
+        tl.store(out_ptr + place, triton_kernels._operand(tl.load(x_ptr + place), tl.float32, "tf32"))
+
+
+@pytest.mark.gpu
+def test_operands_are_rounded_to_tf32_and_no_number_stays_none(triton_device):
+    """Ten bits of mantissa, halves away from zero. The first two are NaN as a GPU writes it."""
+    bits = [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000, 0x3F800FFF, 0x3F801000, 0x3F802FFF, 0]
+    x = torch.tensor(bits, dtype=torch.int32, device=triton_device).view(torch.float32)
+    out = torch.empty_like(x)
+    operands[(1,)](x, out, 8)
+    want = [float("nan")] * 3 + [float("inf"), 1.0, 1 + 2**-10, 1 + 2**-10, 0.0]
+    torch.testing.assert_close(out.cpu(), torch.tensor(want), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES[1:])

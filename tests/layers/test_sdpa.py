@@ -1,4 +1,4 @@
-"""The fused attention that gradients are taken of: never cuDNN's, whose gradients of masked attention can be NaN."""
+"""torch's fused attention: with gradients or a mask never cuDNN's, whose gradients of masked attention can be NaN."""
 
 import pytest
 import torch

@@ -287,7 +287,7 @@ def test_the_stated_error_holds(oracles, distribution, monkeypatch):
 
 @pytest.mark.slow
 def test_exact_to_a_ten_thousandth_with_many_pixels(oracles, distribution):
-    """16.8 million pixels in the default bins, which are sixteen times fewer, without a warning."""
+    """16.8 million pixels in the default bins, which are eight times fewer, without a warning."""
     maps, masks = photos(oracles, distribution, count=16, side=1024)
     expected = exact(oracles, maps, masks)
     for name, metric in metrics(DEFAULT_MAX_BINS).items():

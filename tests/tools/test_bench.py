@@ -345,8 +345,15 @@ def test_a_network_is_checked_and_timed():
 def test_one_pass_of_a_network_alone():
     rows = list(run_case(small(0.0), replace(QUICK, passes=("inference",))))
     assert [(r["side"], r["pass"]) for r in rows] == [("ours", "inference"), ("timm", "inference")]
-    args = cli.parser().parse_args(["networks", "net", "--pass", "inference"])
-    assert "--pass inference" in cli.command_of(args)
+
+
+@pytest.mark.parametrize(("more", "passes"), [([], ("inference", "training")), (["--pass", "training"], ("training",))])
+def test_the_command_line_hands_passes_on(more, passes, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "execute", lambda cases, options, command, *_: seen.append((options.passes, command)) or 0)
+    assert cli.main(["networks", "zoo_shvit_s4", "--device", "cpu", "--quick", *more]) == 0
+    assert [one[0] for one in seen] == [passes]
+    assert ("--pass training" in seen[0][1]) == bool(more)
 
 
 def test_a_wrong_network_gets_no_speed():

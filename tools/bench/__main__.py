@@ -58,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--out", type=Path, help="folder of the records (default tools/bench/records; --quick: none)")
         one.add_argument("--add", action="store_true", help="keep rows of earlier records that are not made again")
         if name in ("networks", "headlines"):
-            one.add_argument("--pass", dest="what", choices=PASSES, help="default: both")
+            one.add_argument(
+                "--pass", dest="what", choices=PASSES, help="default: both; with --add the record keeps the other"
+            )
     commands.add_parser("list")
     page = commands.add_parser("report")
     page.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")

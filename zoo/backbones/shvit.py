@@ -101,9 +101,10 @@ class Stem(nn.Sequential):
         convs = [layer for layer in self if isinstance(layer, nn.Conv2d)]
         for before, after in pairwise(convs):
             more = -before.out_channels % 8
-            before.weight = nn.Parameter(F.pad(before.weight, (0, 0, 0, 0, 0, 0, 0, more)))
-            before.bias = nn.Parameter(F.pad(before.bias, (0, more)))
-            after.weight = nn.Parameter(F.pad(after.weight, (0, 0, 0, 0, 0, more)))
+            # Data, and not parameters: frozen ones stay so.
+            before.weight.data = F.pad(before.weight.data, (0, 0, 0, 0, 0, 0, 0, more))
+            before.bias.data = F.pad(before.bias.data, (0, more))
+            after.weight.data = F.pad(after.weight.data, (0, 0, 0, 0, 0, more))
             before.out_channels = after.in_channels = before.out_channels + more
         return self
 

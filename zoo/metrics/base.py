@@ -21,8 +21,8 @@ class BinnedScores(Metric):
     Scores count as float32: half precision and bfloat16 exactly, float64 rounded. While the distinct scores of a kind
     number at most `max_bins` nothing is lost. Beyond that scores that agree in their leading bits share a bin, and
     `compute` bounds what this can change from the bins themselves; if that is more than 1e-4, it warns and says so.
-    State: at most 12 bytes a bin (16 of components), and 4 bytes (8) for each of at most 24 x `max_bins` scores that
-    wait to be binned.
+    State: at most 12 bytes a bin (16 of components), and 4 bytes (8) for each of the scores that wait to be
+    binned, at most `WAITING_PER_BIN` for each bin.
     """
 
     is_differentiable = False

@@ -144,15 +144,16 @@ def dense(fresh: np.ndarray, bins: Bins, max_bins: int) -> Bins | None:
 
 def touched_pages(*keys: np.ndarray) -> np.ndarray:
     """(65536,) bool: which upper halves occur among int32 keys."""
-    touched = np.zeros(2**16, bool)
+    touched, ones = torch.zeros(2**16, dtype=torch.uint8), torch.ones(CACHED, dtype=torch.uint8)
 
     def touch(part: np.ndarray) -> None:
         for start in range(0, part.size, CACHED):
-            touched[(part[start : start + CACHED] >> PAGE_BITS) + 2**15] = True
+            page = (torch.from_numpy(part[start : start + CACHED]) >> PAGE_BITS).add_(2**15).long()
+            touched.scatter_(0, page, ones[: len(page)])
 
     for part in keys:
         _in_threads(touch, part)
-    return touched
+    return touched.numpy() > 0
 
 
 def counted(fresh: np.ndarray, level: int, pages: np.ndarray) -> Bins:

@@ -43,7 +43,8 @@ def _operand(x, WORK: tl.constexpr, PRECISION: tl.constexpr):
     """An operand of a product, rounded where it is TF32: tensor cores cut the 13 last bits off, which is a bias."""
     x = x.to(WORK)
     if PRECISION == "tf32":
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # the bits of a GPU's NaN would run over to those of zero
     return x
 
 
