@@ -249,6 +249,15 @@ def test_nothing_that_could_be_trained_is_an_error(zoo, plan_file, in_process):
     assert "Did you mean" in done.err
 
 
+def test_a_mistake_that_all_entries_share_is_told_after_two(zoo, plan_file, in_process, tmp_path):
+    plan = plan_file(attentions=["softmax", "uniform", "efficient"])
+    done = zoo("compare", "--config", str(plan), "--data.root", str(tmp_path / "nowhere"))
+    assert done.status == 2
+    assert "the first two could not be trained for one reason" in done.err
+    assert "nowhere" in done.err
+    assert "3 of 3" not in done.out
+
+
 def test_what_failed_is_said_where_the_first_entry_was_not_asked_for(zoo, plan_file, in_process):
     done = zoo(
         "compare", "--config", str(plan_file(attentions=["softmax", "uniform"])), "--only", "uni*", "--data.x", "3"

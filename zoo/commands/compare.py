@@ -45,12 +45,19 @@ def run(command: str, arguments: list[str]) -> None:
     keep_plan(folder, plan)
     work = [(entry, seed) for seed in plan.seeds for entry in plan.entries if entry.name in chosen]
     records = known(folder, plan)
+    failed: list[str] = []
     for number, (entry, seed) in enumerate(work, 1):
         if "failed" in records.get((entry.name, seed), {"failed": ""}):
             record = train(folder, plan, entry, seed, overrides)
             records[entry.name, seed] = record
             print(f"{number} of {len(work)}: {said(entry, seed, record, plan)}", flush=True)
             report(folder, plan, records)
+            failed.append(record.get("failed", ""))
+            if len(failed) == 2 and failed[0] and failed[0] == failed[1]:
+                raise UsageError(
+                    f"the first two could not be trained for one reason, so that the others were not tried: {failed[0]} "
+                    f"Logs: {folder}"
+                )
     rows = report(folder, plan, records)
     if not any(row["seeds"] for row in rows):
         reason = next(row["failed"] for row in rows if row["failed"])
