@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from zoo.data import AnomalyDetection
 from zoo.data.anomaly_layouts import open_layout
 from zoo.errors import UsageError
 
@@ -255,6 +256,11 @@ def test_what_train_may_not_be(tmp_path, names, words):
         ),
         ("ground_truth/crack/*2_mask.png", r"crack/0_mask\.png' \(and 1 more\) has no image.*test/crack'"),
         ("test/0.png", r"test/0\.png' lies beside the folders of kinds"),
+        ("ground_truth/good/7_mask.png", r"ground_truth/good/7_mask\.png' has no image.*no '7' in .*test/good'"),
+        ("ground_truth/7_mask.png", r"ground_truth/7_mask\.png' lies beside the folders of kinds; move it to .*KIND"),
+        ("test/hole/0.jpg", r"hole/0_mask\.png' fits two images, .*hole/0\.jpg' and .*hole/0\.png'"),
+        ("ground_truth/hole/0_mask.bmp", r"hole/0_mask\.bmp' and .*hole/0_mask\.png' are masks of one image"),
+        ("test/good/hole/9.png", r"good/hole/9\.png' lies among the good images, in a folder 'hole' as defects have"),
     ],
 )
 def test_what_test_may_not_be(tmp_path, more, words):
@@ -274,3 +280,89 @@ def test_mask_without_image_in_plain_folders(tmp_path):
     root = tree(tmp_path, "good/*2.png", "bad/0.png", "masks/0_mask.png", "masks/5_mask.png")
     with pytest.raises(UsageError, match=r"masks/5_mask\.png' has no image: there is no '5' in .*bad'"):
         open_layout(root, None, "auto").test()
+
+
+def test_good_images_may_have_masks_and_images_without_one_may_share_a_name(tmp_path):
+    root = tree(tmp_path, *MVTEC, "ground_truth/good/0_mask.png", "test/dent/0.jpg")
+    rows = seen(open_layout(root, None, "auto").test(), root)
+    assert ("test/good/0.png", 0, "good", None) in rows
+    assert [row for row in rows if row[2] == "dent"] == [
+        ("test/dent/0.jpg", 1, "dent", None),
+        ("test/dent/0.png", 1, "dent", None),
+    ]
+
+
+@pytest.mark.parametrize("bad", ["good/scratch", "good", ".", "..", "link"])
+def test_a_folder_of_bad_images_may_not_share_images_with_that_of_good_ones(tmp_path, bad):
+    root = tree(tmp_path / "nuts", "good/*3.png", "good/scratch/*2.png")
+    (root / "link").symlink_to(root / "good" / "scratch")
+    words = "folder of (defective|good) images, (is also|lies inside .*) that of (defective|good) images: its"
+    with pytest.raises(UsageError, match=words) as caught:
+        open_layout(root, None, "auto", bad)
+    assert str(root / "good") in str(caught.value)
+    assert f"apart, such as in {root}/{{good,bad,masks}}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "masks", "words"),
+    [
+        (".", "", "nuts', the folder of good images, is also that of defective images"),
+        ("..", "", "nuts', the folder of good images, lies inside .*, that of defective images"),
+        ("spoilt", "spoilt/masks", "masks', the folder of masks, lies inside .*spoilt', that of defective images"),
+        ("spoilt", ".", "nuts', the folder of good images, is also that of masks"),
+    ],
+)
+def test_loose_good_images_may_not_be_bad_ones_or_masks(tmp_path, bad, masks, words):
+    root = tree(tmp_path / "nuts", "*3.png", "spoilt/0.png", "spoilt/masks/0.png")
+    with pytest.raises(UsageError, match=words):
+        open_layout(root, None, "auto", bad, masks)
+
+
+@pytest.mark.parametrize("bad", ["defects/scratch", "./defects/scratch/", "nuts/defects/scratch", "absolute", "link"])
+def test_bad_images_inside_a_folder_of_loose_good_ones_however_written(tmp_path, monkeypatch, bad):
+    root = tree(tmp_path / "nuts", "*3.png", "defects/scratch/*2.png", "defects/truth/0_mask.png")
+    (tmp_path / "link").symlink_to(root / "defects" / "scratch")
+    monkeypatch.chdir(tmp_path)
+    bad = {"absolute": str(root / "defects" / "scratch"), "link": str(tmp_path / "link")}.get(bad, bad)
+    layout = open_layout(Path("nuts"), None, "auto", bad, str(root / "defects" / "truth"))
+    assert [photo.path for photo in layout.train()] == [f"nuts/{n}.png" for n in range(3)]
+    assert [Path(photo.path).resolve() for photo in layout.test()] == [
+        root / "defects" / "scratch" / f"{n}.png" for n in range(2)
+    ]
+    assert [photo.mask is None for photo in layout.test()] == [False, True]
+    tree(root, "defects/dent/0.png")
+    with pytest.raises(UsageError, match="'nuts/defects/dent': are its images good or not"):
+        layout.train()
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["good/0.png", "good/NG/1.png"], r"good/NG/1\.png' lies among the good images, .*'NG' as defects.*bad/NG'"),
+        (["good/0.png", "good/lot1/dent/1.png", "bad/dent/2.png"], r"a folder 'dent' as defects have.*to .*bad/dent'"),
+        (["train/good/0.png", "train/good/dent/1.png", "test/dent/2.png"], r"'dent' as defects have.*test/dent'; if"),
+        (["train/good/defects/1.png"], r"a folder 'defects' as defects have"),
+    ],
+)
+def test_folders_of_good_images_are_not_called_as_defects(tmp_path, names, words):
+    with pytest.raises(UsageError, match=words):
+        open_layout(tree(tmp_path, *names), None, "auto").train()
+
+
+def test_own_validation_images_are_not_called_as_defects(tmp_path):
+    layout = open_layout(tree(tmp_path, *MVTEC, "val/good/hole/0.png"), None, "auto")
+    with pytest.raises(UsageError, match="'hole' as defects have"):
+        layout.val()
+
+
+@pytest.mark.filterwarnings("ignore:.*have no mask")
+def test_a_file_is_not_both_learned_from_and_tested_on(tmp_path):
+    root = tree(tmp_path, *MVTEC, "val/*2.png")
+    (root / "test" / "hole" / "9.png").symlink_to(root / "val" / "1.png")
+    with pytest.raises(UsageError, match=r"hole/9\.png', to test on, is the same file as .*val/1\.png', a good image"):
+        AnomalyDetection(str(root), num_workers=0).test_dataloader()
+    # Where validation images are held out of train, those of val/ are not used.
+    assert len(AnomalyDetection(str(root), num_workers=0, val_split=0.4).test_dataloader().dataset) == 5
+    (root / "test" / "good" / "9.png").symlink_to(root / "train" / "good" / "2.png")
+    with pytest.raises(UsageError, match=r"good/9\.png', to test on, is the same file as .*train/good/2\.png'"):
+        AnomalyDetection(str(root), num_workers=0, val_split=0.4).test_dataloader()

@@ -1,5 +1,6 @@
 """Anomaly detection data: good images to learn from, drawn defects to validate by, real ones only to test on."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class AnomalyDetection(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         layout = self._open()
-        photos = (self._split()[2] if layout.holds_out else []) + layout.test()
+        photos = (self._split()[2] if layout.holds_out else []) + self._unlearned()
         bare = [photo.path for photo in photos if photo.label and photo.mask is None]
         if bare:
             rank_zero_warn(
@@ -169,6 +170,21 @@ class AnomalyDetection(LightningDataModule):
         rank_zero_info(f"{len(train)} good images to train on, {len(val)} to validate on{drawn}")
         self._parts = train, val, test
         return self._parts
+
+    def _unlearned(self) -> list[Photo]:
+        """The layout's own images to test on; UsageError when one, links followed, is also to train or validate on."""
+        layout = self._open()
+        good = layout.train() + (layout.val() if self.hparams.val_split is None else [])
+        learned = {Path(photo.path).resolve(): photo.path for photo in good}
+        photos = layout.test()
+        for photo in photos:
+            twin = learned.get(Path(photo.path).resolve())
+            if twin is not None:
+                raise UsageError(
+                    f"{photo.path!r}, to test on, is the same file as {twin!r}, a good image to train or validate on; "
+                    "a test on what was learned says nothing. Take it out of one of the two"
+                )
+        return photos
 
     def _look(self) -> Look:
         hparams = self.hparams

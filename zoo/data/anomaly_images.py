@@ -129,6 +129,8 @@ class GoodTiles(GoodImages):
 class JudgedImages(Samples):
     """{"image", "path", "mask" bool (1, H, W), "label", "kind", "has_mask"}; at their own size where there are tiles.
 
+    With `resize: pad` also "inner_size" int64 (2,): (height, width) of what is image, at the top left.
+
     Args:
         photos: images as they are.
         spoilt: numbers of those to give once more, with a drawn defect, a function of (seed, number) alone.
@@ -164,11 +166,15 @@ class JudgedImages(Samples):
         if drawn:
             pixels, mask = draw_defect(pixels, mix("defect", self.defect_seed, number), self.look.tile)
             kind, label, known = "synthetic", 1, True
+        inner = pixels.shape[:2]
         if self.look.tile is None:
             pixels = pad_to(pixels, self.look.img_size, "edge")
             mask = pad_to(mask, self.look.img_size, "constant")
         sample: dict[str, Any] = {"image": as_tensor(pixels), "path": photo.path}
-        return sample | {"mask": torch.from_numpy(mask)[None], "label": label, "kind": kind, "has_mask": known}
+        sample |= {"mask": torch.from_numpy(mask)[None], "label": label, "kind": kind, "has_mask": known}
+        if self.look.tile is None and self.look.resize == "pad":
+            sample["inner_size"] = torch.tensor(inner)
+        return sample
 
     def _fitted(self, number: int) -> np.ndarray:
         """An image at the size that it takes in `img_size`, or its own where there are tiles."""
@@ -211,6 +217,16 @@ def whole(image: Any, look: Look) -> np.ndarray:
     """uint8 (*img_size, C) of a whole picture."""
     inner = inner_size((image.height, image.width), look.img_size, look.resize)
     return pad_to(fit_image(image, inner), look.img_size, "edge")
+
+
+def without_padding(values: Tensor, inner_sizes: Tensor | None) -> Sequence[Tensor]:
+    """Each of `values` (B, C, H, W) as (C, h, w), h and w being its row of `inner_sizes` int64 (B, 2); whole for None.
+
+    What `resize: pad` adds to an image is no part of it: nobody asks whether it is good.
+    """
+    if inner_sizes is None:
+        return list(values)
+    return [value[:, :height, :width] for value, (height, width) in zip(values, inner_sizes.tolist(), strict=True)]
 
 
 def _pixels(image: Any) -> np.ndarray:

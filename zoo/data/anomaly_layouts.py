@@ -2,9 +2,11 @@
 
 import csv
 from collections.abc import Iterable
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
+from zoo.data.anomaly_pairs import match_masks, refuse_orphans
 from zoo.errors import UsageError, unknown
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
@@ -76,11 +78,11 @@ class MVTec(Layout):
         return (folder / "train").is_dir()
 
     def train(self) -> list[Photo]:
-        return _good_only(self.folder / "train")
+        return _good_only(self.folder / "train", self.folder / self.test_name)
 
     def val(self) -> list[Photo]:
         folder = _named(self.folder, VALIDATION)
-        return _good_only(folder) if folder is not None else []
+        return _good_only(folder, self.folder / self.test_name) if folder is not None else []
 
     def has_test(self) -> bool:
         return any(images_in(self.folder / self.test_name))
@@ -95,15 +97,25 @@ class MVTec(Layout):
             )
         root = self._masks()
         if root is not None:
+            loose = _loose(root)
+            if loose:
+                raise UsageError(
+                    f"the mask {str(loose[0])!r} lies beside the folders of kinds; move it to {root}/KIND, where its "
+                    f"image is in {folder}/KIND"
+                )
             for extra in sorted(set(_folders(root)) - set(kinds)):
-                _refuse_orphans(list(images_in(root / extra)), folder / extra)
+                refuse_orphans(list(images_in(root / extra)), folder / extra)
         photos = []
         for kind in kinds:
-            images = list(images_in(folder / kind))
+            masks = None if root is None else root / kind
             if kind.lower() in GOOD:
+                images = _good_images(folder / kind, folder)
+                # Some datasets give good images masks without a defect: they say nothing, but one without its image
+                # says that an image is missing or lies elsewhere.
+                _masks_of(images, folder / kind, masks)
                 photos += [Photo(str(path)) for path in images]
             else:
-                photos += _with_masks(images, folder / kind, None if root is None else root / kind, kind)
+                photos += _defects(folder / kind, masks, kind)
         if not photos:
             raise UsageError(f"there are no test images in {str(folder)!r}; it should hold good/* and KIND_OF_DEFECT/*")
         return photos
@@ -153,7 +165,7 @@ class VisA(Layout):
         photos = self._rows("test")
         masks = images_in(self.folder / "Data" / "Masks")
         used = {photo.mask for photo in photos}
-        _refuse_orphans([path for path in masks if str(path) not in used], self.folder / "Data" / "Images")
+        refuse_orphans([path for path in masks if str(path) not in used], self.folder / "Data" / "Images")
         return photos
 
     @property
@@ -192,6 +204,9 @@ class Folders(Layout):
         folder: of the good images, or of good/, bad/ and masks/.
         bad: folder of defective images, beside or inside `folder` or anywhere; bad/ where there is one.
         masks: folder of their masks: the same names, `_mask` after them or not; masks/ where there is one.
+
+    Raises:
+        UsageError: a folder named does not exist, or one image would be two of good, defective and a mask.
     """
 
     holds_out = True
@@ -200,6 +215,22 @@ class Folders(Layout):
         super().__init__(folder)
         self.bad = _chosen(folder, bad, BAD, "bad")
         self.masks = _chosen(folder, masks, MASKS, "masks")
+        self._check_apart()
+
+    def _check_apart(self) -> None:
+        good = _named(self.folder, GOOD)
+        places = {"good images": good or self.folder, "defective images": self.bad, "masks": self.masks}
+        there = [(what, path, path.resolve()) for what, path in places.items() if path is not None]
+        for (what, path, real), (other, around, outer) in permutations(there, 2):
+            # Good images that lie loose in a folder are those directly in it: what lies deeper is none of them.
+            apart = good is None and other == "good images" and real != outer
+            if real.is_relative_to(outer) and not apart:
+                where = "is also" if real == outer else f"lies inside {str(around)!r},"
+                raise UsageError(
+                    f"{str(path)!r}, the folder of {what}, {where} that of {other}: its images would be both. "
+                    f"Keep them apart, such as in {self.folder}/{{good,bad,masks}}, or name other folders with "
+                    "--data.bad and --data.masks"
+                )
 
     @staticmethod
     def fits(folder: Path) -> bool:
@@ -213,13 +244,18 @@ class Folders(Layout):
                 raise UsageError(
                     f"{str(loose[0])!r} lies beside {good.name}/; move it into {good.name}/ or out of the way"
                 )
-            images = list(images_in(good))
+            images = _good_images(good, self.bad or self.folder / "bad")
         else:
-            ours = [path.name for path in (self.bad, self.masks) if path is not None and path.parent == self.folder]
-            others = [name for name in _folders(self.folder) if name not in ours]
+            ours = [path.resolve() for path in (self.bad, self.masks) if path is not None]
+            root = self.folder.resolve()
+            others = [
+                path.relative_to(root)
+                for path in images_in(root)
+                if path.parent != root and not any(path.is_relative_to(one) for one in ours)
+            ]
             if others:
                 raise UsageError(
-                    f"{str(self.folder / others[0])!r}: are its images good or not? Good ones go into "
+                    f"{str(self.folder / others[0].parent)!r}: are its images good or not? Good ones go into "
                     f"{self.folder / 'good'}, defective ones into {self.folder / 'bad'}"
                 )
             images = loose
@@ -231,13 +267,12 @@ class Folders(Layout):
         return self.bad is not None and any(images_in(self.bad))
 
     def test(self) -> list[Photo]:
-        images = list(images_in(self.bad)) if self.bad is not None else []
-        if self.bad is None or not images:
+        if self.bad is None or not self.has_test():
             raise UsageError(
                 f"there are no defective images to test on; put some into {str(self.folder / 'bad')!r}, or name their "
                 "folder with --data.bad"
             )
-        photos = _with_masks(images, self.bad, self.masks, "bad")
+        photos = _defects(self.bad, self.masks, "bad")
         inside = [Path(photo.path).relative_to(self.bad).parts for photo in photos]
         return [p._replace(kind=parts[0]) if len(parts) > 1 else p for p, parts in zip(photos, inside, strict=True)]
 
@@ -340,20 +375,34 @@ def _chosen(folder: Path, given: str, usual: Iterable[str], option: str) -> Path
     raise UsageError(f"--data.{option} {given!r} is no folder, neither here nor in {str(folder)!r}")
 
 
-def _good_only(folder: Path) -> list[Photo]:
+def _good_only(folder: Path, defects: Path) -> list[Photo]:
     others = [name for name in _folders(folder) if name.lower() not in GOOD]
     if others:
         raise UsageError(
             f"{str(folder / others[0])!r} lies among the good images: {folder.name} may hold good/* only. Move "
-            f"defective images to {str(folder.parent / 'test' / others[0])!r}, good ones to {str(folder / 'good')!r}"
+            f"defective images to {str(defects / others[0])!r}, good ones to {str(folder / 'good')!r}"
         )
     loose = _loose(folder)
     if loose and _folders(folder):
         raise UsageError(f"{str(loose[0])!r} lies beside good/, good or not; move it into good/ or out of the way")
-    images = list(images_in(folder))
+    images = _good_images(folder, defects)
     if not images:
         raise _no_good(folder / "good")
     return [Photo(str(path)) for path in images]
+
+
+def _good_images(folder: Path, defects: Path) -> list[Path]:
+    """Images under a folder of good ones; UsageError where their folder is called as one of `defects` or `BAD`."""
+    named = {name.lower() for name in (*BAD, *_folders(defects))} - set(GOOD)
+    images = list(images_in(folder))
+    for path in images:
+        for name in path.relative_to(folder).parts[:-1]:
+            if name.lower() in named:
+                raise UsageError(
+                    f"{str(path)!r} lies among the good images, in a folder {name!r} as defects have. Move defective "
+                    f"images to {str(defects / name)!r}; if these are good, give their folder another name"
+                )
+    return images
 
 
 def _no_good(folder: Path) -> UsageError:
@@ -363,31 +412,14 @@ def _no_good(folder: Path) -> UsageError:
     )
 
 
-def _with_masks(images: list[Path], folder: Path, masks: Path | None, kind: str) -> list[Photo]:
-    """Defective images with their masks, which have the same place and name, with or without `_mask` after it."""
-    there = {_stem(path, masks): path for path in images_in(masks)} if masks is not None else {}
-    photos, used = [], set()
-    for path in images:
-        stem = _stem(path, folder)
-        found = next((name for name in (stem + "_mask", stem) if name in there), None)
-        used.add(found)
-        photos.append(Photo(str(path), 1, kind, None if found is None else str(there[found])))
-    _refuse_orphans([path for name, path in there.items() if name not in used], folder)
-    return photos
+def _defects(folder: Path, masks: Path | None, kind: str) -> list[Photo]:
+    images = list(images_in(folder))
+    found = _masks_of(images, folder, masks)
+    return [Photo(str(path), 1, kind, mask) for path, mask in zip(images, found, strict=True)]
 
 
-def _stem(path: Path, folder: Path | None) -> str:
-    return path.relative_to(folder or path.parent).with_suffix("").as_posix()
-
-
-def _refuse_orphans(masks: list[Path], folder: Path) -> None:
-    if masks:
-        more = f" (and {len(masks) - 1} more)" if len(masks) > 1 else ""
-        name = masks[0].stem.removesuffix("_mask")
-        raise UsageError(
-            f"the mask {str(masks[0])!r}{more} has no image: there is no {name!r} in {str(folder)!r}; add the image or "
-            "remove the mask"
-        )
+def _masks_of(images: list[Path], folder: Path, masks: Path | None) -> list[str | None]:
+    return [None] * len(images) if masks is None else match_masks(images, folder, list(images_in(masks)), masks)
 
 
 def _first_line(kind: type) -> str:
