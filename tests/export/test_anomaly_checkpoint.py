@@ -1,6 +1,7 @@
 """From the checkpoint of a real detector to the exported file: the task's own scores, threshold, fit and tiles."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,6 +94,21 @@ def test_tiles_of_the_run(task, tmp_path):
     path = save(task, tmp_path / "tiled.ckpt", tile=40, tile_overlap=None)
     output = open_model(path).output
     assert (output.tile, output.overlap) == (40, 10)
+
+
+def test_a_task_in_a_run_is_exported_with_the_options_of_its_data(task, tmp_path, monkeypatch):
+    """The threshold comes from scores by tiles; without them the file would judge others."""
+    data = {"tile": 40, "tile_overlap": 10}
+    want = to_onnx(save(task, tmp_path / "tiled.ckpt", **data), tmp_path / "a.onnx").path
+    monkeypatch.setattr(task, "_trainer", SimpleNamespace(datamodule=SimpleNamespace(hparams=data)))
+    path = to_onnx(task, tmp_path / "b.onnx").path
+    metadata = Predictor(path).metadata
+    assert json.loads(metadata["zoo.tile"]) == 40
+    changing = {"zoo.max_relative_error"}
+    wanted = Predictor(want).metadata
+    assert {k: v for k, v in metadata.items() if k not in changing} == {
+        k: v for k, v in wanted.items() if k not in changing
+    }
 
 
 def test_16_bit_weights_of_a_run(task, tmp_path):

@@ -14,6 +14,7 @@ from zoo.heads.anomaly import L2BT, AnomalyOutput, MemoryBank
 from zoo.heads.anomaly.l2bt import Student
 from zoo.heads.anomaly.maps import box_means, gaussian, resize, top_mean
 from zoo.heads.anomaly.memory_bank import Reservoir, k_centres, nearest
+from zoo.heads.anomaly.teacher import Teacher
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(
@@ -84,6 +85,18 @@ def test_nearest_neighbours_equal_brute_force(monkeypatch):
     assert nearest(rows, bank[:2], 5).shape == (11,)
 
 
+@pytest.mark.parametrize("neighbours", [1, 5])
+def test_nearest_neighbours_far_from_zero_are_exact(neighbours):
+    """What all places share, as the large channels of transformers, must not take the digits that tell them apart."""
+    generator = torch.Generator().manual_seed(0)
+    rows, bank = (torch.randn(n, 150, generator=generator) + 100 for n in (200, 3000))
+    rows[:, 7] += 300
+    bank[:, 7] += 300
+    far = [(bank.double() - row).norm(dim=1).sort().values[:neighbours].mean() for row in rows.double()]
+    # Differences of numbers near 100 and 400 in float32, over distances of about 15.
+    torch.testing.assert_close(nearest(rows, bank, neighbours).double(), torch.stack(far), atol=0, rtol=1e-5)
+
+
 def test_centres_are_the_farthest_from_those_before():
     rows = torch.randn(60, 6, generator=torch.Generator().manual_seed(1))
     chosen = k_centres(rows, 12).tolist()
@@ -140,6 +153,20 @@ def test_a_detector_learns_answers_and_comes_back(method, backbone):
     assert torch.equal(fresh.eval()(images).map, answer.map)
     assert not [p for p in detector.teacher.parameters() if p.requires_grad]
     assert not any(module.training for module in detector.train().teacher.modules())
+
+
+def test_maps_as_wide_as_they_have_channels_are_turned():
+    """Swin's first map of 384 pixels: 96 x 96 places of 96 channels, channels last."""
+    teacher = Teacher("swin_tiny_patch4_window7_224", [0], (384, 384)).eval()
+    image = torch.randn(1, 3, 384, 384, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(teacher(image)[0], teacher.network(image)[0].permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("given", [{"features_only": False}, {"pretrained": True}, {"in_chans": 1}])
+def test_options_that_have_arguments_of_their_own_are_refused(given):
+    with pytest.raises(UsageError, match=f"backbone_options holds {next(iter(given))}"):
+        create_detector("l2bt", "resnet10t", backbone_options=given)
 
 
 def options(method):
@@ -254,6 +281,7 @@ def test_progress_of_the_coreset_is_told():
         ({"method": "memory_bank", "coreset": 0.0}, r"coreset=0.0"),
         ({"method": "memory_bank", "neighbours": 0}, r"neighbours=0"),
         ({"method": "memory_bank", "pool": 2}, r"pool=2: give an odd side"),
+        ({"method": "memory_bank", "sigma": -3.0}, r"sigma=-3.0: give pixels"),
         ({"backbone_options": {"dept": 1}}, r"dept"),
     ],
 )

@@ -114,6 +114,8 @@ def test_without_both_kinds_of_pixels_it_is_nan(thresholds, sizes, fill):
         ({"limits": (30,)}, "above 0 and up to 1"),
         ({"thresholds": "every"}, '"all", or a number'),
         ({"thresholds": 1}, '"all", or a number'),
+        ({"thresholds": 2.5}, '"all", or a number'),
+        ({"thresholds": None}, '"all", or a number'),
         ({"sizes": "quartile"}, "Did you mean 'quartiles'"),
         ({"max_bins": 100}, "at least 16384"),
     ],

@@ -12,6 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from zoo.errors import UsageError
 from zoo.tasks import AnomalyDetection, NonFiniteLossError, load_task
+from zoo.tasks.anomaly_metrics import Measures
 from zoo.tasks.callbacks import ProgressBar
 
 METHODS = ("l2bt", "memory_bank")
@@ -259,6 +260,20 @@ def test_a_bank_takes_one_epoch_on_one_device(anomaly, tmp_path):
         anomaly.trainer(tmp_path, max_epochs=2).fit(anomaly.task("memory_bank"), datamodule=anomaly.Data())
 
 
+# 1 is after every batch, 1.0 after the whole epoch.
+@pytest.mark.parametrize(("interval", "given"), [(2, "2"), (1, "1"), (0.5, "0.5"), ("00:00:00:05", "a time")])
+def test_a_bank_is_not_validated_before_it_is_full(interval, given, anomaly, tmp_path):
+    trainer = anomaly.trainer(tmp_path, max_epochs=1, val_check_interval=interval)
+    with pytest.raises(UsageError, match=rf"memory_bank .*give --trainer.val_check_interval 1\.0, not {given}$"):
+        trainer.fit(anomaly.task("memory_bank"), datamodule=anomaly.Data())
+
+
+def test_students_are_validated_at_any_interval(anomaly, tmp_path):
+    task = anomaly.task("l2bt")
+    anomaly.trainer(tmp_path, max_epochs=1, val_check_interval=2).fit(task, datamodule=anomaly.Data())
+    assert math.isfinite(float(task.threshold))
+
+
 def test_averaged_weights_are_refused(anomaly, tmp_path):
     with pytest.raises(UsageError, match="average the threshold"):
         anomaly.trainer(tmp_path, [EMAWeightAveraging()]).fit(anomaly.task(), datamodule=anomaly.Data())
@@ -270,6 +285,16 @@ def test_a_checkpoint_of_another_detector_is_refused(finished, anomaly, tmp_path
         anomaly.trainer(tmp_path, max_epochs=1).fit(
             anomaly.task("memory_bank"), datamodule=anomaly.Data(), ckpt_path=last
         )
+
+
+def test_good_images_alone_say_how_many_are_called_defective():
+    measures = Measures()
+    batch = {"label": torch.zeros(5, dtype=torch.int64), "mask": torch.zeros(5, 1, 4, 4, dtype=torch.bool)}
+    measures.update(torch.tensor([0.1, 0.9, 0.5, 0.7, 0.2]), torch.rand(5, 1, 4, 4), batch)
+    values = measures.compute(0.5)
+    assert values["false_alarms"] == pytest.approx(2 / 5, abs=1e-6)
+    assert not {"f1", "recall", "image_auroc", "pixel_auroc"} & set(values)
+    assert "false_alarms" not in measures.compute(math.nan)
 
 
 @pytest.mark.parametrize(

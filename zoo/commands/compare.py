@@ -55,8 +55,8 @@ def run(command: str, arguments: list[str]) -> None:
             failed.append(record.get("failed", ""))
             if len(failed) == 2 and failed[0] and failed[0] == failed[1]:
                 raise UsageError(
-                    f"the first two could not be trained for one reason, so that the others were not tried: {failed[0]} "
-                    f"Logs: {folder}"
+                    "the first two could not be trained for one reason, so that the others were not tried: "
+                    f"{failed[0]} Logs: {folder}"
                 )
     rows = report(folder, plan, records)
     if not any(row["seeds"] for row in rows):

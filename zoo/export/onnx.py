@@ -168,7 +168,9 @@ def _resolve(source: str | os.PathLike | nn.Module) -> tuple[nn.Module, dict[str
                 f"a {type(source).__name__} cannot be exported: give a checkpoint of a run, or a task such as "
                 "zoo.tasks.Classification"
             )
-        return source, {}
+        # A task in a run: what its data did to images belongs to it, as in the run's checkpoints.
+        data = getattr(getattr(source, "_trainer", None), "datamodule", None)
+        return source, dict(getattr(data, "hparams", {}))
     source = Path(source)
     if source.is_dir():
         best = source / "checkpoints" / "best.ckpt"

@@ -5,20 +5,24 @@ from zoo.features.networks import (
     build,
     check_backbone_name,
     check_loaded,
+    checked_options,
     own_size,
     short,
     wants_size,
     weight_arguments,
 )
-from zoo.features.pyramid import FeaturePyramid, ceil, resize
+from zoo.features.pyramid import FeaturePyramid, as_map, ceil, layout_of, resize
 
 __all__ = [
     "BUILD_ERRORS",
     "FeaturePyramid",
+    "as_map",
     "build",
     "ceil",
     "check_backbone_name",
     "check_loaded",
+    "checked_options",
+    "layout_of",
     "own_size",
     "resize",
     "short",

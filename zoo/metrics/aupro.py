@@ -69,7 +69,7 @@ class AUPRO(BinnedScores):
         wrong = [limit for limit in limits if not 0 < limit <= 1]
         if wrong or not limits:
             raise UsageError(f"limits are {list(limits)}: give at least one false positive rate above 0 and up to 1.")
-        if thresholds != "all" and (isinstance(thresholds, str | bool) or thresholds < 2):
+        if thresholds != "all" and (type(thresholds) is not int or thresholds < 2):
             raise UsageError(
                 f'thresholds is {thresholds!r}: give "all", or a number of positions from 2, for instance 99.'
             )

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from zoo.data.tiling import inspect_by_tiles
+from zoo.data.tiling import check_tiles, inspect_by_tiles
 from zoo.errors import UsageError
 from zoo.heads import create_detector
 from zoo.heads.anomaly import AnomalyOutput
@@ -36,8 +36,9 @@ class AnomalyDetection(Task):
     """Trains a detector of anomalies on good images.
 
     Batches are dicts: "image" (B, C, H, W) in [0, 1] or uint8, not normalised; in validation and test also "mask" bool
-    (B, 1, H, W), "label" int64 (B,) (0 good, 1 defect) and, where some masks are unknown, "has_mask" bool (B,). A batch
-    with "tile" and "tile_overlap" is one whole image of any size, looked at by tiles of so many of its pixels.
+    (B, 1, H, W), "label" int64 (B,) (0 good, 1 defect), where some masks are unknown "has_mask" bool (B,), and where
+    images are padded "inner_size" int64 (B, 2), outside of which no pixel is measured or reported. A batch with "tile"
+    and "tile_overlap" is one whole image of any size, looked at by tiles of so many of its pixels.
 
     Methods that learn by gradient train only their head, the teacher stays frozen. A memory bank is filled in one epoch
     and made when that ends. The threshold is taken from the validation images, held-out good ones and synthetic
@@ -192,6 +193,13 @@ class AnomalyDetection(Task):
             return
         if trainer.max_epochs != 1:
             raise UsageError(f"{method} sees every image once; give --trainer.max_epochs 1, not {trainer.max_epochs}")
+        # Lightning keeps none where a time was given. 1 is a number of batches, 1.0 the whole epoch.
+        interval = getattr(trainer, "val_check_interval", None)
+        if isinstance(interval, int) or interval != 1.0:
+            raise UsageError(
+                f"{method} can be validated only when it has seen every image; give --trainer.val_check_interval 1.0, "
+                f"not {'a time' if interval is None else interval}"
+            )
         if trainer.world_size > 1:
             raise UsageError(f"{method} fills on one device; give --trainer.devices 1")
         if trainer.precision == "16-mixed":
@@ -251,7 +259,7 @@ class AnomalyDetection(Task):
     def _evaluate(self, batch: Mapping[str, Any], stage: str) -> dict[str, Any]:
         output = self._inspect(batch)
         self.measures[stage].update(output.score, output.map, batch)
-        keys = ("image", "mask", "has_mask", "label", "kind", "path")
+        keys = ("image", "mask", "has_mask", "inner_size", "label", "kind", "path")
         return {"score": output.score, "map": output.map} | {k: batch[k] for k in keys if k in batch}
 
     def on_validation_epoch_start(self) -> None:
@@ -284,3 +292,31 @@ class AnomalyDetection(Task):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same(checkpoint.get("hyper_parameters") or {}, self.hparams, _SAME)
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "test":
+            data = getattr(getattr(trainer, "datamodule", None), "hparams", {})
+            _check_look(checkpoint, self.hparams["img_size"], data)
+
+
+def _check_look(checkpoint: Mapping[str, Any], img_size: Any, data: Mapping[str, Any]) -> None:
+    """Raises UsageError where a test would see its images otherwise than the run did that took the threshold."""
+    saved = checkpoint.get("datamodule_hyper_parameters") or {}
+    if not saved or not data:
+        # Loaders of one's own do not say how they look at images.
+        saved = data = {}
+    before = _look((checkpoint.get("hyper_parameters") or {}).get("img_size") or img_size, saved)
+    asked = _look(img_size, data)
+    if before != asked:
+        raise UsageError(
+            f"the run was trained with {before}, and its threshold is one of scores seen so; a test with {asked} "
+            "cannot be judged by it. Test without that option, or train another run with it (zoo fit)"
+        )
+
+
+def _look(img_size: Any, data: Mapping[str, Any]) -> str:
+    """In words what decides how large things are in what a detector sees; options without effect are left out."""
+    size = f"img_size {list(pair(img_size))}"
+    if data.get("tile") is None:
+        return f"{size}, resize {data.get('resize', 'stretch')}"
+    side, overlap = check_tiles(data["tile"], data.get("tile_overlap"))
+    return f"{size}, tile {side}, tile_overlap {overlap}"

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from zoo.data.anomaly_images import without_padding
 from zoo.metrics import AUPRO, ImageAUPR, ImageAUROC, ImageF1Max, PixelAUPR, PixelAUROC, PixelF1Max
 from zoo.tasks.threshold import KeptScores, choose_threshold
 
@@ -31,13 +32,19 @@ class Measures(nn.Module):
         self.pixels.reset()
 
     def update(self, scores: Tensor, maps: Tensor, batch: Mapping[str, Any]) -> None:
-        """Takes scores (B,) and maps (B, 1, H, W) of a batch with "label", "mask" and perhaps "has_mask"."""
+        """Takes scores (B,) and maps (B, 1, H, W) of a batch with "label", "mask" and perhaps "has_mask"; with
+        "inner_size" (B, 2) only the pixels within it count."""
         self.scores.update(scores, batch["label"])
-        masks = batch["mask"]
+        masks, inner = batch["mask"], batch.get("inner_size")
         if "has_mask" in batch:
             known = batch["has_mask"].bool()
             maps, masks = maps[known], masks[known]
-        if len(maps):
+            inner = None if inner is None else inner[known]
+        if inner is not None:
+            # Without their padding they have sizes of their own.
+            for one, mask in zip(without_padding(maps.float(), inner), without_padding(masks, inner), strict=True):
+                self.pixels.update(one[None], mask[None])
+        elif len(maps):
             self.pixels.update(maps.float(), masks)
 
     def thresholds(self, false_alarms: float) -> tuple[float, float]:
@@ -55,10 +62,11 @@ class Measures(nn.Module):
         pixels = self._pixel_values()
         values |= {"pixel_f1_max": pixels.pop("f1")} | pixels
         del values["threshold"]
-        if bad and math.isfinite(threshold):
+        if math.isfinite(threshold):
             called = scores > threshold
-            hits = int((called & defective).sum())
-            values |= {"f1": 2 * hits / (int(called.sum()) + bad), "recall": hits / bad}
+            if bad:
+                hits = int((called & defective).sum())
+                values |= {"f1": 2 * hits / (int(called.sum()) + bad), "recall": hits / bad}
             if bad < len(scores):
                 values["false_alarms"] = float(called[~defective].float().mean())
         return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -65,6 +65,8 @@ class MemoryBank(AnomalyHead):
         for name, count in (("bank_size", bank_size), ("max_places", max_places), ("neighbours", neighbours)):
             if count < 1:
                 raise UsageError(f"{name}={count}: it must be at least 1")
+        if not sigma >= 0:
+            raise UsageError(f"sigma={sigma}: give pixels, 0 for no smoothing")
         self.coreset, self.bank_size, self.max_places = coreset, bank_size, max_places
         if pool < 1 or pool % 2 == 0:
             raise UsageError(f"pool={pool}: give an odd side, 1 for no local mean")
@@ -192,9 +194,12 @@ def k_centres(rows: Tensor, count: int, seed: int = 0, progress: Progress | None
 def nearest(rows: Tensor, bank: Tensor, neighbours: int) -> Tensor:
     """Mean Euclidean distance (N,) of rows (N, C) from their nearest neighbours in the bank (M, C), all float32."""
     squares, indices = [], []
-    for start, block in zip(range(0, len(bank), BLOCK), bank.split(BLOCK), strict=True):
+    # From the middle of the bank: what all places have in common would take the digits that tell them apart.
+    centre = bank.mean(dim=0)
+    near_rows = rows - centre
+    for start, block in zip(range(0, len(bank), BLOCK), (bank - centre).split(BLOCK), strict=True):
         # Which are near, by one product; the square of a row is the same for all of its neighbours.
-        found = block.square().sum(dim=1) - 2 * (rows @ block.t())
+        found = block.square().sum(dim=1) - 2 * (near_rows @ block.t())
         found, index = found.topk(min(neighbours, len(block)), dim=1, largest=False)
         squares.append(found)
         indices.append(index + start)

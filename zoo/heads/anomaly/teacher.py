@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from zoo.errors import UsageError
 from zoo.features import (
     BUILD_ERRORS,
+    as_map,
     build,
     check_backbone_name,
     check_loaded,
+    checked_options,
+    layout_of,
     short,
     wants_size,
     weight_arguments,
@@ -47,8 +50,9 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         check_backbone_name(backbone)
+        self.name = backbone
         config = get_pretrained_cfg(backbone)
-        arguments: dict[str, Any] = {**(options or {}), "in_chans": in_chans}
+        arguments: dict[str, Any] = {**checked_options(options), "in_chans": in_chans}
         if img_size is not None and wants_size(backbone):
             arguments["img_size"] = img_size
         levels = build(backbone, features_only=True, **arguments)
@@ -81,10 +85,9 @@ class Teacher(nn.Module):
             )
         else:
             maps = self.network(images)
-        # Networks over (B, h, w, C) say so by the place of their channels.
         return [
-            map_ if map_.shape[1] == channels else map_.permute(0, 3, 1, 2)
-            for map_, channels in zip(maps, self.channels, strict=True)
+            as_map(map_, layout_of(map_, channels, self.network, self.name), reduction, images.shape[-2:])
+            for map_, channels, reduction in zip(maps, self.channels, self.reductions, strict=True)
         ]
 
 

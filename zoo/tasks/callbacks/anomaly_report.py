@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from zoo.data.anomaly_images import without_padding
 from zoo.tasks.callbacks.anomaly_gallery import GROUPS, Example, Gallery
 from zoo.tasks.callbacks.anomaly_pictures import draw_example, draw_scores, heat_range, verdict
 from zoo.tasks.callbacks.anomaly_rows import (
@@ -48,9 +49,10 @@ class AnomalyReport(Callback):
     """Writes report.html, test_images.csv, test_kinds.csv, test_sizes.csv and pictures/test_*.png; prints the tables.
 
     Reads from the outputs of `test_step`: "score" (B,), "map" (B, 1, H, W), "image" (B, C, H, W), "mask" bool
-    (B, 1, H, W), "label" (B,), "kind" and "path" (B strings), and where some masks are unknown "has_mask" (B,); from
-    the task `threshold` and, if it has one, `pixel_threshold`. Of each image it keeps a few numbers, and small copies
-    of the few that it will show; maps are let go batch by batch.
+    (B, 1, H, W), "label" (B,), "kind" and "path" (B strings), where some masks are unknown "has_mask" (B,), and where
+    images are padded "inner_size" (B, 2), outside of which nothing is counted or shown; from the task `threshold` and,
+    if it has one, `pixel_threshold`. Of each image it keeps a few numbers, and small copies of the few that it will
+    show; maps are let go batch by batch.
 
     Args:
         folder: the run folder; the trainer's default_root_dir when absent.
@@ -91,15 +93,17 @@ class AnomalyReport(Callback):
 
     def _collect(self, outputs: Mapping[str, Any], pixel_threshold: float) -> None:
         scores, labels = outputs["score"].tolist(), outputs["label"].tolist()
-        maps, masks = outputs["map"][:, 0], outputs["mask"].reshape(outputs["map"].shape)[:, 0].bool()
+        inner = outputs.get("inner_size")
+        images, maps = without_padding(outputs["image"], inner), without_padding(outputs["map"], inner)
+        masks = without_padding(outputs["mask"].reshape(outputs["map"].shape).bool(), inner)
         known = [bool(v) for v in outputs.get("has_mask", [True] * len(scores))]
-        # Without a threshold of pixels none is above.
-        above = (maps > pixel_threshold).cpu().numpy()
         for i, (score, path, kind) in enumerate(zip(scores, outputs["path"], outputs["kind"], strict=True)):
-            mask = masks[i] if known[i] else None
+            mask = masks[i][0] if known[i] else None
             drawn = None if mask is None else mask.cpu().numpy()
-            self._images[path], self._defects[path] = measure(path, kind, bool(labels[i]), score, above[i], drawn)
-            self._gallery.offer(path, kind, bool(labels[i]), score, outputs["image"][i], maps[i], mask)
+            # Without a threshold of pixels none is above.
+            above = (maps[i][0] > pixel_threshold).cpu().numpy()
+            self._images[path], self._defects[path] = measure(path, kind, bool(labels[i]), score, above, drawn)
+            self._gallery.offer(path, kind, bool(labels[i]), score, images[i], maps[i][0], mask)
 
     def _gather(self, trainer: Trainer) -> None:
         if trainer.world_size == 1:
