@@ -45,7 +45,8 @@ class AnomalyDetection(LightningDataModule):
             and masks/.
         img_size: side, or (height, width), that a detector sees; masks and metrics have it too, unless there are tiles.
         in_chans: 3, or 1 for grey.
-        resize: "stretch" to img_size, or "pad": keep the shape, at the top left, and go on with the last pixels.
+        resize: "stretch" to img_size, or "pad": keep the shape, at the top left, and go on with the last pixels,
+            which are neither measured nor reported.
         tile: side in pixels of the tiles that large images are looked at in; None for whole images.
         tile_overlap: pixels that neighbouring tiles share; a quarter of a tile when absent.
         batch_size, num_workers: of a process.
