@@ -142,7 +142,7 @@ def in_process(monkeypatch):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = main(list(arguments))
         if status:
-            raise compare._Failed(err.getvalue().strip())
+            raise (UsageError if status == 2 else compare._Failed)(err.getvalue().strip())
         return out.getvalue()
 
     monkeypatch.setattr(compare, "call", call)
@@ -256,6 +256,18 @@ def test_a_mistake_that_all_entries_share_is_told_after_two(zoo, plan_file, in_p
     assert "the first two could not be trained for one reason" in done.err
     assert "nowhere" in done.err
     assert "3 of 3" not in done.out
+
+
+def test_failures_alike_are_each_their_own(zoo, plan_file, monkeypatch):
+    """Where two run out of memory a smaller one may not."""
+
+    def call(arguments, log):
+        raise compare._Failed("out of memory")
+
+    monkeypatch.setattr(compare, "call", call)
+    done = zoo("compare", "--config", str(plan_file(attentions=["softmax", "uniform", "efficient"])))
+    assert "3 of 3" in done.out
+    assert "no entry could be trained" in done.err
 
 
 def test_what_failed_is_said_where_the_first_entry_was_not_asked_for(zoo, plan_file, in_process):

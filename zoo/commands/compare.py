@@ -45,18 +45,19 @@ def run(command: str, arguments: list[str]) -> None:
     keep_plan(folder, plan)
     work = [(entry, seed) for seed in plan.seeds for entry in plan.entries if entry.name in chosen]
     records = known(folder, plan)
-    failed: list[str] = []
+    refused: list[str] = []
     for number, (entry, seed) in enumerate(work, 1):
         if "failed" in records.get((entry.name, seed), {"failed": ""}):
             record = train(folder, plan, entry, seed, overrides)
             records[entry.name, seed] = record
             print(f"{number} of {len(work)}: {said(entry, seed, record, plan)}", flush=True)
             report(folder, plan, records)
-            failed.append(record.get("failed", ""))
-            if len(failed) == 2 and failed[0] and failed[0] == failed[1]:
+            # What is wrong with a line that all entries share is wrong for all of them; a failure may be one entry's.
+            refused.append(record["failed"] if record.get("refused") else "")
+            if len(refused) == 2 and refused[0] and refused[0] == refused[1]:
                 raise UsageError(
                     "the first two could not be trained for one reason, so that the others were not tried: "
-                    f"{failed[0]} Logs: {folder}"
+                    f"{refused[0]} Logs: {folder}"
                 )
     rows = report(folder, plan, records)
     if not any(row["seeds"] for row in rows):
@@ -149,7 +150,7 @@ def attempt(folder: Path, plan: Plan, entry: Entry, seed: int, overrides: Sequen
         path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except (_Failed, UsageError) as error:
         # A network that cannot be built is found out by counting, too.
-        return {"failed": str(error)}
+        return {"failed": str(error), "refused": isinstance(error, UsageError)}
     return read_record(run, plan) or {"failed": f"the run measured no top-1 accuracy on {plan.accuracy!r}"}
 
 
@@ -216,7 +217,8 @@ def call(arguments: Sequence[str], log: Path) -> str:
     """Runs `zoo` in a process of its own, so that memory and failures are one entry's; its output goes to the log.
 
     Raises:
-        _Failed: it ended with an error, whose message this one has.
+        UsageError: it refused what it was given.
+        _Failed: it ended with another error, whose message this one has, as the other does.
     """
     process = subprocess.run([sys.executable, "-m", "zoo.cli", *arguments], capture_output=True, text=True)
     with open(log, "a", encoding="utf-8") as file:
@@ -224,7 +226,8 @@ def call(arguments: Sequence[str], log: Path) -> str:
     if process.returncode:
         lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        raise _Failed((errors or lines[-1:] or [f"ended with status {process.returncode}"])[-1])
+        message = (errors or lines[-1:] or [f"ended with status {process.returncode}"])[-1]
+        raise UsageError(message) if process.returncode == 2 else _Failed(message)
     return process.stdout
 
 
