@@ -14,12 +14,13 @@ def variants():
     """How many binaries every kernel of ours has by now."""
     import triton
 
+    from zoo.kernels.depthwise_conv2d import triton_kernels as depthwise_kernels
     from zoo.kernels.focused_linear_attention import triton_kernels as focused_kernels
     from zoo.kernels.halo_attention import triton_kernels
     from zoo.kernels.lambda_attention import triton_gradients, triton_lambdas
 
     found = {}
-    for module in (focused_kernels, triton_kernels, triton_lambdas, triton_gradients):
+    for module in (depthwise_kernels, focused_kernels, triton_kernels, triton_lambdas, triton_gradients):
         for name, function in vars(module).items():
             if isinstance(function, triton.runtime.JITFunction) and not name.startswith("_"):
                 found[name] = sum(len(cache[0]) for cache in function.device_caches.values())
@@ -46,9 +47,16 @@ def focused(batch):
     kernels.focused_linear_attention(*qkv.chunk(3, dim=2), positions, scale, 3, impl="triton").sum().backward()
 
 
+def depthwise(batch):
+    x = torch.randn(batch, 14, 14, 64, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    for side in (5, 9):  # the gradient of weights is cuDNN's for one and ours for the other
+        leaves = [t.requires_grad_() for t in (x.detach(), torch.randn(64, 1, side, side, device="cuda"))]
+        kernels.depthwise_conv2d(*leaves, None, 1, side // 2, impl="triton").sum().backward()
+
+
 @pytest.mark.gpu
 @needs_cuda
-@pytest.mark.parametrize("step", [focused, halo, position_lambdas])
+@pytest.mark.parametrize("step", [depthwise, focused, halo, position_lambdas])
 def test_ten_batch_sizes_compile_a_kernel_twice_at_most(step):
     before = variants()
     start = time.perf_counter()

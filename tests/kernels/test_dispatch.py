@@ -20,6 +20,7 @@ ROOT = str(Path(__file__).resolve().parents[2])
 # Tensors for every op of the registry, and what follows them; a new op without an entry fails here.
 SAMPLES = {
     "context_broadcast": lambda: (torch.randn(2, 5, 3), torch.randn(3)),
+    "depthwise_conv2d": lambda: (torch.randn(2, 5, 6, 7), torch.randn(5, 1, 3, 3), torch.randn(5)),
     "focused_linear_attention": lambda: (
         *torch.randn(3, 2, 5, 6),
         torch.randn(1, 5, 6),
@@ -28,7 +29,11 @@ SAMPLES = {
     "halo_attention": lambda: (*torch.randn(3, 2, 5, 6, 2, 4), *torch.randn(2, 15, 4)),
     "lambda_attention": lambda: (torch.randn(2, 12, 9, 2, 4), torch.randn(2, 12, 9, 1, 3), torch.randn(3, 3, 4, 1)),
 }
-FIXED: dict[str, tuple] = {"focused_linear_attention": (2, 3), "halo_attention": (4, 2, 0.5)}
+FIXED: dict[str, tuple] = {
+    "depthwise_conv2d": (1, 1),
+    "focused_linear_attention": (2, 3),
+    "halo_attention": (4, 2, 0.5),
+}
 
 scripting_is_old = pytest.mark.filterwarnings(
     "ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning"
@@ -72,6 +77,14 @@ def test_auto_falls_back_and_an_explicit_choice_says_why_not(cuda_tensor, monkey
     assert dispatch.dispatch(toy(), "auto", cuda_tensor) == "reference"
     with pytest.raises(RuntimeError, match="triton is not installed"):
         dispatch.dispatch(toy(), "triton", torch.empty(2))
+
+
+def test_auto_leaves_what_is_slower_and_an_explicit_choice_takes_it(cuda_tensor, monkeypatch):
+    waits = toy(slower=lambda x: "so few channels")
+    assert dispatch.dispatch(waits, "auto", cuda_tensor) == "reference"
+    assert dispatch.dispatch(waits, "triton", cuda_tensor) == "triton"
+    monkeypatch.setattr(dispatch, "DEFAULT", "triton")
+    assert dispatch.dispatch(waits, "auto", cuda_tensor) == "triton"
 
 
 def test_inside_compile_the_op_decides(cuda_tensor, monkeypatch):

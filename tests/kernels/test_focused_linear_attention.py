@@ -104,8 +104,13 @@ def test_auto_takes_the_kernel_on_a_gpu_in_eager_and_compiled_networks(monkeypat
         given = (*(torch.empty(2, 5, 6, device="cuda") for _ in range(3)), torch.empty(1, 5, 6, device="cuda"))
         given += (torch.empty(6, device="cuda"), 2, 3)
     assert dispatch._takes_triton(entry, "auto", given)
+    with FakeTensorMode():
+        deep = (*(torch.empty(2, 5, 66, device="cuda") for _ in range(3)), torch.empty(1, 5, 66, device="cuda"))
+        deep += (torch.empty(66, device="cuda"), 2, 3)
+    assert dispatch._takes_triton(entry, "auto", deep)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert dispatch._takes_triton(entry, "auto", given)
+    assert not dispatch._takes_triton(entry, "auto", deep)
 
 
 def test_what_rules_the_kernel_out_is_told(monkeypatch):

@@ -270,7 +270,7 @@ def test_a_ratio_compares_the_fastest_of_both():
     rows = [row("ours", "eager", 200, peak_gb=1.5), row("ours", "recipe", 900, peak_gb=2.5)]
     rows += [row("timm", "eager", 100, peak_gb=9.0), row("timm", "compile", 300, peak_gb=8.0)]
     (line,) = report.network_lines(record(rows=rows))
-    assert line == "| net | training | 128 | timm n | 100 | 300 | - | 200 | - | - | 900 | 3x | 8 | 2.5 |"
+    assert line == "| net | training | 128 | timm n | 100 | 300 | - | - | 200 | - | - | - | 900 | 3x | 8 | 2.5 |"
 
 
 def test_figures_from_elsewhere_count_on_the_same_kind_of_gpu_alone():
@@ -278,7 +278,7 @@ def test_figures_from_elsewhere_count_on_the_same_kind_of_gpu_alone():
     told |= {"images_per_second": {"training": {"eager": 100, "compile": 200}}, "peak_gb": {"training": {"compile": 7}}}
     rows = [row("ours", "eager", 300)]
     one = record(rows=rows, elsewhere=told)
-    assert "| theirs (*) | 100 | 200 | - | 300 | - | - | - | 1.5x | 7 | - |" in report.render([one])
+    assert "| theirs (*) | 100 | 200 | - | - | 300 | - | - | - | - | 1.5x | 7 | - |" in report.render([one])
     for other in (one | {"device": {"name": "NVIDIA H200"}}, one | {"quick": True}):
         text = report.render([other])
         assert "theirs" not in text

@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--quick", action="store_true", help="toy sizes and few repeats: shows that it runs")
         if name == "profile":
             one.add_argument("network", help="a case of `list`, or any name that timm.create_model knows")
-            one.add_argument("--mode", choices=("eager", "compile", "recipe", "fused"), default="eager")
+            one.add_argument("--mode", choices=("eager", "compile", "recipe", "fused", "graph"), default="eager")
             one.add_argument("--pass", dest="what", choices=PASSES, default="training")
             one.add_argument("--side", choices=("ours", "timm"), default="ours")
             one.add_argument("--top", type=int, default=15, help="single kernels to list (default 15)")

@@ -33,6 +33,7 @@ def build_op(name: str, side: str, device: str, **sizes: Any) -> Workload:
 
 # Arguments of an op that are no tensors, by their place.
 CONSTANTS = {
+    "depthwise_conv2d": ("bias", "stride", "padding"),
     "focused_linear_attention": ("heads", "power"),
     "halo_attention": ("block", "halo", "scale", "stride", "scale_rel", "mask"),
 }
@@ -98,6 +99,47 @@ for tokens, heads, depth in ((3136, 3, 32), (784, 6, 32), (196, 5, 64)):
         focused_inputs,
         focused_cost,
         (0, 1, 2),
+    )
+
+
+# Depthwise convolution
+
+
+def depthwise_inputs(
+    side: str, dtype: torch.dtype, device: str, batch: int, channels: int, size: int, kernel: int, **_: Any
+) -> tuple:
+    x = torch.randn(batch, channels, size, size, device=device).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    return x, draw(channels, 1, kernel, kernel, dtype=torch.float32, device=device)
+
+
+def depthwise_cost(batch: int, channels: int, size: int, kernel: int, **_: Any) -> Cost:
+    numbers = batch * channels * size**2
+    flops = 2 * numbers * kernel**2
+    return Cost(2 * numbers * HALF, flops, 3 * numbers * HALF, 2 * flops)
+
+
+# Of UniFormer, SHViT and FLatten, and larger kernels.
+DEPTHWISE = (
+    (64, 56, 3),
+    (64, 56, 5),
+    (128, 28, 5),
+    (224, 16, 3),
+    (96, 56, 5),
+    (96, 56, 7),
+    (128, 28, 9),
+    (128, 28, 17),
+)
+for channels, size, kernel in (*DEPTHWISE, (128, 28, 17)):
+    register_op(
+        f"depthwise_conv2d_c{channels}_{size}_k{kernel}",
+        f"depthwise_conv2d, C{channels} {size}x{size}, {kernel} x {kernel}",
+        "depthwise_conv2d",
+        {"batch": 128, "channels": channels, "size": size, "kernel": kernel, "stride": 1, "padding": kernel // 2},
+        {"batch": 2, "channels": 4, "size": 6},
+        depthwise_inputs,
+        depthwise_cost,
+        (0,),
     )
 
 

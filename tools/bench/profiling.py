@@ -119,7 +119,7 @@ def profile(name: str, device: str, mode: str, side: str, what: str, quick: bool
     case = case_of(name)
     if (case.ours if side == "ours" else case.peer) is None:
         raise ValueError(f"{name} has no side {side!r}")
-    if (what, mode) in (("inference", "recipe"), ("training", "fused")):
+    if (what, mode) in (("inference", "recipe"), ("training", "fused"), ("training", "graph")):
         raise ValueError(f"mode {mode!r} is not one of {what}; take eager or compile")
     options = Options(device, quick)
     print(machine.said(machine.about(device, "")))

@@ -14,7 +14,7 @@ enough; a budget is in seconds, and what it leaves out is named):
 python -m tools.bench ops --budget 550
 python -m tools.bench attentions --budget 550
 python -m tools.bench networks --compare timm,eager,recipe --budget 550
-python -m tools.bench networks --compare timm,compile,fused --add --budget 550
+python -m tools.bench networks --compare timm,compile,fused,graph --add --budget 550
 python -m tools.bench headlines
 python -m tools.bench report
 ```
@@ -28,9 +28,9 @@ arithmetic over the rate of a large bfloat16 product, both rates measured in the
 output and weights must move. Share is floor / time. Peak GB is what was allocated, weights and inputs included.
 Training is forward, loss and backward without the optimizer; `recipe` is how our recipes train: blocks compiled, the
 step replayed as CUDA graphs; `fused` is `compile` after timm's `reparameterize_model`, which folds batch norms into the
-convolutions before them where a network, ours or the peer, knows how; `graph` is an op or a layer replayed so, without
-what the host needs to launch its kernels. A ratio compares the fastest of ours with the fastest of the peer, which had
-the same ways of being run.
+convolutions before them where a network, ours or the peer, knows how; `graph` is an op, a layer or a fused network
+replayed so (the latter by `torch.compile(mode="reduce-overhead")`), without what the host needs to launch its kernels.
+A ratio compares the fastest of ours with the fastest of the peer, which had the same ways of being run.
 """
 EMPTY = "\nThere are no records yet.\n"
 TITLES = {
@@ -46,8 +46,8 @@ COLUMNS = {
         *("peak GB peer", "ours", "floor ms", "share of floor"),
     ),
     "network": (
-        *("network", "pass", "batch", "peer", "peer eager", "peer compile", "peer fused"),
-        *("ours eager", "ours compile", "ours fused", "ours recipe", "ratio", "peak GB peer", "ours"),
+        *("network", "pass", "batch", "peer", "peer eager", "peer compile", "peer fused", "peer graph"),
+        *("ours eager", "ours compile", "ours fused", "ours graph", "ours recipe", "ratio", "peak GB peer", "ours"),
     ),
     "headline": ("what", "peer", "peer images/s", "ours images/s", "ratio", "the paper's ratio"),
 }
@@ -181,10 +181,10 @@ def network_lines(record: Row) -> list[str]:
         ratio = best["images_per_second"] / rival_speed if best and rival_speed else None
         batch = (ours + peer)[0]["batch"]
         cells = [record["title"], what, str(batch), name]
-        for mode in ("eager", "compile", "fused"):
+        for mode in ("eager", "compile", "fused", "graph"):
             row = of_mode(peer, mode)
             cells.append(f"{told[mode]:,.0f}" if row is None and not peer and mode in told else speed(row))
-        cells += [speed(of_mode(ours, mode)) for mode in ("eager", "compile", "fused", "recipe")]
+        cells += [speed(of_mode(ours, mode)) for mode in ("eager", "compile", "fused", "graph", "recipe")]
         cells += ["-" if ratio is None else f"{number(ratio)}x", number(rival_gb), number((best or {}).get("peak_gb"))]
         lines.append(line(cells))
     return lines

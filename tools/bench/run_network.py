@@ -33,9 +33,13 @@ def speed() -> ModuleType:
     return module
 
 
+# Ways of running that a pass has not.
+STRANGERS = (("recipe", "inference"), ("fused", "training"), ("graph", "training"))
+
+
 def network_sides(case: NetworkCase, compare: tuple[str, ...]) -> list[tuple[str, str]]:
     # What takes long to compile comes last, so that a budget cuts that.
-    modes = [mode for mode in ("eager", "recipe", "compile", "fused") if mode in compare] or ["eager"]
+    modes = [mode for mode in ("eager", "recipe", "compile", "fused", "graph") if mode in compare] or ["eager"]
     sides: list[tuple[str, str]] = []
     for mode in modes:
         if case.ours:
@@ -50,7 +54,7 @@ def run_network(case: NetworkCase, options: Options) -> Iterator[dict[str, Any]]
     """The rows of a network: inference and training of each side and mode."""
     for side, mode in network_sides(case, options.compare):
         for what in options.passes:
-            if what not in case.passes or (mode, what) in (("recipe", "inference"), ("fused", "training")):
+            if what not in case.passes or (mode, what) in STRANGERS:
                 continue
             row = {"side": side, "mode": mode, "pass": what, "status": "ok"}
             tidy()
@@ -89,11 +93,13 @@ def draw_images(network: nn.Module, batch: int, size: int, device: str) -> Tenso
 
 def prepare(network: nn.Module, mode: str) -> nn.Module:
     """The network as its mode runs it; parameters stay the same objects."""
-    if mode == "fused":
+    if mode in ("fused", "graph"):
         from timm.utils import reparameterize_model
 
         # Batch norms folded into the convolutions before them, where the network knows how: timm's way, for both sides.
         network = reparameterize_model(network, inplace=True)
+    if mode == "graph":
+        return torch.compile(network, mode="reduce-overhead")  # type: ignore[return-value]
     if mode in ("compile", "fused"):
         return torch.compile(network)  # type: ignore[return-value]
     if mode == "recipe":

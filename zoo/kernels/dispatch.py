@@ -25,6 +25,7 @@ class Op:
         reference: plain torch, the definition of correct.
         triton: the op registered with torch.library whose CUDA implementation is the kernel.
         unsupported: the first reason, of shape, dtype or device of these tensors, that rules the kernel out, or None.
+        slower: the first reason why "auto" leaves these tensors to the reference though the kernel takes them, or None.
         auto_in_compile: whether "auto" takes the kernel inside torch.compile too. False for a reference of few
             operations, which the compiler fuses into its neighbours; a measured gain is the reason to set it.
     """
@@ -34,6 +35,7 @@ class Op:
     triton: Callable[..., Tensor]
     unsupported: Callable[..., str | None]
     auto_in_compile: bool = False
+    slower: Callable[..., str | None] = lambda *_: None
 
 
 OPS: dict[str, Op] = {}
@@ -98,7 +100,7 @@ def _takes_triton(op: Op, impl: str, tensors: tuple) -> bool:
             return _insist("ZOO_KERNELS=triton", op, tensors)
         if torch.compiler.is_compiling() and not op.auto_in_compile:
             return False
-        return HAS_TRITON and op.unsupported(*tensors) is None
+        return HAS_TRITON and op.unsupported(*tensors) is None and op.slower(*tensors) is None
     if impl != "triton":
         raise ValueError(f"impl={impl!r}; valid: {', '.join(IMPLS)}")
     return _insist("impl='triton'", op, tensors)

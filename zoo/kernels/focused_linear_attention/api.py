@@ -39,7 +39,7 @@ def focused_linear_attention(
         num_heads: heads; divides the channels.
         power: at least 1; 1 is plain ReLU linear attention.
         key_mask: bool (B or 1, N), True where a key may be attended; the mean is over those. The reference's alone.
-        impl: "auto", "reference" or "triton".
+        impl: "auto", "reference" or "triton"; in torch.compile "auto" leaves heads of more than 32 channels to it.
 
     Returns:
         (B, N, heads * d) in the dtype of v.
@@ -139,6 +139,23 @@ def _unsupported(
     return None
 
 
+def _slower(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    scale: Tensor,
+    num_heads: int,
+    power: int = 3,
+    key_mask: Tensor | None = None,
+) -> str | None:
+    if torch.compiler.is_compiling() and q.shape[2] // num_heads > 32:
+        return (
+            "sums of heads of more than 32 channels do not fit into the registers of backward: compiled, it is faster"
+        )
+    return None
+
+
 def _padded(size: int, least: int) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
@@ -201,6 +218,7 @@ _ENTRY = register(
         reference.focused_linear_attention,
         _triton,
         _unsupported,
+        slower=_slower,
         auto_in_compile=True,
     )
 )

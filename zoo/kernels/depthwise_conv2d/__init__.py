@@ -1,0 +1,1 @@
+"""Convolution with one kernel a channel."""

@@ -1,0 +1,180 @@
+"""The public op, and its registration with torch."""
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.depthwise_conv2d import reference
+from zoo.kernels.dispatch import Op, dispatch, register
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = 17
+
+
+# `impl` is keyword-only by intent and not by signature: TorchScript takes no keyword-only arguments with defaults.
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, impl: str = "auto"
+) -> Tensor:
+    """torch's conv2d with one kernel a channel: y_cij = b_c + sum_uv w_cuv x_c(i*stride+u-padding)(j*stride+v-padding).
+
+    "auto" takes the kernel for channels-last maps of 32 channels and more in bfloat16 and float16, stride 1 and kernels
+    of 3 to 17, where it was measured to be faster than cuDNN (zoo/kernels/BENCHMARKS.md), and else cuDNN by torch. The
+    gradient of weights up to 7 x 7 is cuDNN's in both. Sums are float32; the kernel's order is fixed.
+
+    Floor: x is read once and y written once, 4 * B * C * H * W bytes in bf16 over the memory bandwidth; backward reads
+    x and the gradient of y and writes one more, 6 * B * C * H * W.
+
+    Args:
+        x: (B, C, H, W), any strides. float32, bfloat16, float16, and float64 in the reference alone.
+        weight: (C, 1, kh, kw), any float dtype; rounded to that of x.
+        bias: (C,), any float dtype.
+        stride: at least 1; more than 1 is the reference's alone.
+        padding: rows and columns of zeros on every side, at least 0.
+        impl: "auto", "reference" or "triton".
+
+    Returns:
+        (B, C, H', W') in the dtype of x, H' = (H + 2 * padding - kh) // stride + 1; channels-last if the kernel ran.
+
+    Raises:
+        ValueError: sizes do not fit, or `impl` is unknown.
+        RuntimeError: `impl` is "triton" and something rules it out.
+
+    Source: torch.nn.functional.conv2d with groups = C, which is the reference.
+    """
+    if torch.jit.is_scripting():
+        if impl == "triton":
+            raise RuntimeError("impl='triton' was asked for, but TorchScript takes the reference")
+        return reference.depthwise_conv2d(x, weight, bias, stride, padding)
+    else:
+        return _dispatched(x, weight, bias, stride, padding, impl)
+
+
+@torch.jit.unused
+def _dispatched(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, impl: str) -> Tensor:
+    if not isinstance(x, torch.fx.Proxy):
+        check_sizes(x, weight, bias, stride, padding)
+    return dispatch(_ENTRY, impl, x, weight, bias, stride, padding)
+
+
+def check_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
+    """Raises ValueError where the sizes of a call do not belong together."""
+    if x.dim() != 4:
+        raise ValueError(f"depthwise_conv2d: x {list(x.shape)}; it must have the four sizes (B, C, H, W)")
+    if weight.dim() != 4 or weight.shape[0] != x.shape[1] or weight.shape[1] != 1:
+        raise ValueError(
+            f"depthwise_conv2d: weight {list(weight.shape)}; for {x.shape[1]} channels it must be "
+            f"[{x.shape[1]}, 1, kernel height, kernel width]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"depthwise_conv2d: bias {list(bias.shape)}; it must be [{x.shape[1]}], one a channel")
+    if stride < 1 or padding < 0:
+        raise ValueError(f"depthwise_conv2d: stride={stride}, padding={padding}; they must be at least 1 and 0")
+    if x.shape[2] + 2 * padding < weight.shape[2] or x.shape[3] + 2 * padding < weight.shape[3]:
+        raise ValueError(
+            f"depthwise_conv2d: kernels of {list(weight.shape[2:])} do not fit into maps of {list(x.shape[2:])} with "
+            f"padding={padding}"
+        )
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
+    return torch.ops.zoo.depthwise_conv2d(x, weight, bias, padding, padding, False)
+
+
+def _unsupported(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
+) -> str | None:
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}, and the kernel takes float32, bfloat16 and float16"
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            return f"{name} is on {tensor.device} and x on {x.device}"
+        if tensor is not None and not tensor.is_floating_point():
+            return f"{name} is {tensor.dtype}, and the kernel takes floating point"
+    if stride != 1:
+        return f"stride={stride}, and the kernel takes 1"
+    if max(weight.shape[2:]) > _LARGEST or padding >= min(weight.shape[2:]):
+        return (
+            f"kernels are {list(weight.shape[2:])} with padding={padding}, and the kernel takes sides up to {_LARGEST} "
+            "and padding below them"
+        )
+    return None
+
+
+def _slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> str | None:
+    if x.dtype == torch.float32:
+        return "cuDNN is left to float32, where the kernel was not measured"
+    if min(weight.shape[2:]) < 3 or x.shape[1] < 32:
+        return "cuDNN is left to kernels below 3 x 3 and to fewer than 32 channels, which were not measured"
+    if x.stride(1) != 1:
+        return "the maps are not channels-last, and the kernel would turn them"
+    return None
+
+
+@torch.library.custom_op("zoo::depthwise_conv2d", mutates_args=(), device_types="cuda")
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: int, flipped: bool) -> Tensor:
+    from zoo.kernels.depthwise_conv2d import triton_impl
+
+    return triton_impl.forward(x, weight, bias, pad_h, pad_w, flipped)
+
+
+@_op.register_fake
+def _fake(x, weight, bias, pad_h, pad_w, flipped):
+    batch, channels, height, width = x.shape
+    size = (height + 2 * pad_h - weight.shape[2] + 1, width + 2 * pad_w - weight.shape[3] + 1)
+    return x.new_empty(batch, *size, channels).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op("zoo::depthwise_conv2d_weights", mutates_args=(), device_types="cuda")
+def _op_weights(grad: Tensor, x: Tensor, weight: Tensor, pad_h: int, pad_w: int) -> Tensor:
+    from zoo.kernels.depthwise_conv2d import triton_impl
+
+    return triton_impl.weights_grad(grad, x, weight, pad_h, pad_w)
+
+
+@_op_weights.register_fake
+def _fake_weights(grad, x, weight, pad_h, pad_w):
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _transposed(grad: Tensor, weight: Tensor, pad_h: int, pad_w: int, flipped: bool) -> Tensor:
+    """What the gradient of a convolution's output is to its input: convolved with the kernels turned around."""
+    pad_h, pad_w = weight.shape[2] - 1 - pad_h, weight.shape[3] - 1 - pad_w
+    return torch.ops.zoo.depthwise_conv2d(grad, weight, None, pad_h, pad_w, not flipped)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weight, bias, *ctx.sizes = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad: Tensor):
+    (x, weight), (pad_h, pad_w, flipped) = ctx.saved_tensors, ctx.sizes
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _transposed(grad, weight, pad_h, pad_w, flipped)
+    if ctx.needs_input_grad[1]:
+        grad_weight = torch.ops.zoo.depthwise_conv2d_weights(grad, x, weight, pad_h, pad_w)
+        grad_weight = grad_weight.flip(2, 3) if flipped else grad_weight
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.sum(dim=(0, 2, 3), dtype=torch.float32).to(ctx.bias)
+    return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _setup_weights(ctx, inputs, output) -> None:
+    grad, x, _, *ctx.sizes = inputs
+    ctx.save_for_backward(grad, x)
+
+
+def _backward_weights(ctx, grad_weight: Tensor):
+    # The gradient of weights is a product of the output's gradient and x, so a second derivative has both again.
+    (grad, x), (pad_h, pad_w) = ctx.saved_tensors, ctx.sizes
+    of_grad = torch.ops.zoo.depthwise_conv2d(x, grad_weight, None, pad_h, pad_w, False)
+    return of_grad, _transposed(grad, grad_weight, pad_h, pad_w, False), None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+_op_weights.register_autograd(_backward_weights, setup_context=_setup_weights)
+
+_ENTRY = register(
+    Op("depthwise_conv2d", reference.depthwise_conv2d, _triton, _unsupported, slower=_slower, auto_in_compile=True)
+)
