@@ -130,7 +130,7 @@ DEPTHWISE = (
     (128, 28, 9),
     (128, 28, 17),
 )
-for channels, size, kernel in (*DEPTHWISE, (128, 28, 17)):
+for channels, size, kernel in DEPTHWISE:
     register_op(
         f"depthwise_conv2d_c{channels}_{size}_k{kernel}",
         f"depthwise_conv2d, C{channels} {size}x{size}, {kernel} x {kernel}",
