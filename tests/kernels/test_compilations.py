@@ -49,9 +49,9 @@ def focused(batch):
 
 def depthwise(batch):
     x = torch.randn(batch, 14, 14, 64, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
-    for side in (5, 9):  # the gradient of weights is cuDNN's for one and ours for the other
-        leaves = [t.requires_grad_() for t in (x.detach(), torch.randn(64, 1, side, side, device="cuda"))]
-        kernels.depthwise_conv2d(*leaves, None, 1, side // 2, impl="triton").sum().backward()
+    # 9 x 9: the gradient of weights is ours, too; of maps it is the same kernel, compiled for turned weights.
+    leaves = [t.requires_grad_() for t in (x, torch.randn(64, 1, 9, 9, device="cuda"))]
+    kernels.depthwise_conv2d(*leaves, None, 1, 4, impl="triton").sum().backward()
 
 
 @pytest.mark.gpu
@@ -81,6 +81,10 @@ def test_maps_of_other_sizes_compile_nothing_new():
         t = [torch.randn(2, side, side, 2, 16, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         tables = [torch.randn(27, 16, device="cuda") for _ in range(2)]
         kernels.halo_attention(*t, *tables, 8, 3, 0.25, impl="triton")
+
+        x = torch.randn(2, side, side, 64, device="cuda", dtype=torch.bfloat16).permute(0, 3, 1, 2)
+        leaves = [t.requires_grad_() for t in (x, torch.randn(64, 1, 9, 9, device="cuda"))]
+        kernels.depthwise_conv2d(*leaves, None, 1, 4, impl="triton").sum().backward()
 
     run(16)
     before = variants()

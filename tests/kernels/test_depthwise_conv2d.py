@@ -89,7 +89,7 @@ def test_sizes_that_do_not_fit_are_named():
             depthwise_conv2d(*given)
 
 
-def fakes(dtype=torch.bfloat16, layout=torch.channels_last, kernel=3, channels=64, stride=1):
+def fakes(dtype=torch.bfloat16, layout=torch.channels_last, kernel=9, channels=64, stride=1):
     with FakeTensorMode():
         x = torch.empty(2, channels, 8, 8, device="cuda", dtype=dtype).contiguous(memory_format=layout)
         weight = torch.empty(channels, 1, kernel, kernel, device="cuda")
@@ -101,12 +101,13 @@ def test_auto_takes_the_kernel_where_it_was_measured_to_be_faster(monkeypatch):
     monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     for compiling in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
-        for kernel in (3, 5, 17):
+        for kernel in (9, 11, 17):
             assert dispatch._takes_triton(entry, "auto", fakes(kernel=kernel))
         for left in (
             fakes(dtype=torch.float32),
             fakes(layout=torch.contiguous_format),
             fakes(kernel=1),
+            fakes(kernel=7),
             fakes(channels=24),
         ):
             assert not dispatch._takes_triton(entry, "auto", left)
@@ -146,9 +147,9 @@ def test_the_layer_is_torchs_own_with_its_names(bias):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_layer_takes_the_dtype_of_autocast_on_a_gpu():
-    layer = DepthwiseConv2d(64, 5).cuda()
+    layer = DepthwiseConv2d(64, 9).cuda()
     x = torch.randn(2, 64, 9, 8, device="cuda").to(memory_format=torch.channels_last)
-    exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=2, groups=64)
+    exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=4, groups=64)
     with torch.autocast("cuda", torch.bfloat16):
         got = layer(x)
         assert torch.compile(layer, fullgraph=True)(x).dtype == torch.bfloat16

@@ -8,6 +8,10 @@ from zoo.kernels.dispatch import Op, dispatch, register
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST = 17
+# From here on "auto" takes the kernel: for 9 x 9 and 17 x 17 cuDNN takes thirty times as long (H200, bfloat16, 128 maps
+# of 128 channels and 28 x 28). For 3 x 3 to 7 x 7 the kernel took half of cuDNN's time for the gradient of maps, and no
+# more for the maps, but what that is worth in a whole network has not been measured.
+_LEAST = 9
 
 
 # `impl` is keyword-only by intent and not by signature: TorchScript takes no keyword-only arguments with defaults.
@@ -17,8 +21,8 @@ def depthwise_conv2d(
     """torch's conv2d with one kernel a channel: y_cij = b_c + sum_uv w_cuv x_c(i*stride+u-padding)(j*stride+v-padding).
 
     "auto" takes the kernel for channels-last maps of 32 channels and more in bfloat16 and float16, stride 1 and kernels
-    of 3 to 17, where it was measured to be faster than cuDNN (zoo/kernels/BENCHMARKS.md), and else cuDNN by torch. The
-    gradient of weights up to 7 x 7 is cuDNN's in both. Sums are float32; the kernel's order is fixed.
+    of 9 to 17, for which cuDNN is slow, and else cuDNN by torch. Called for by name, the kernel takes all sides up to
+    17, and leaves the gradient of weights up to 7 x 7 in 16 bit to cuDNN. Its own sums are float32 in a fixed order.
 
     Floor: x is read once and y written once, 4 * B * C * H * W bytes in bf16 over the memory bandwidth; backward reads
     x and the gradient of y and writes one more, 6 * B * C * H * W.
@@ -102,8 +106,10 @@ def _unsupported(
 def _slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> str | None:
     if x.dtype == torch.float32:
         return "cuDNN is left to float32, where the kernel was not measured"
-    if min(weight.shape[2:]) < 3 or x.shape[1] < 32:
-        return "cuDNN is left to kernels below 3 x 3 and to fewer than 32 channels, which were not measured"
+    if min(weight.shape[2:]) < _LEAST:
+        return f"cuDNN is left to kernels below {_LEAST} x {_LEAST}: no whole network was measured to be faster without"
+    if x.shape[1] < 32:
+        return "cuDNN is left to fewer than 32 channels, where the kernel was not measured"
     if x.stride(1) != 1:
         return "the maps are not channels-last, and the kernel would turn them"
     return None

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Neither batches nor maps of other sizes compile anything anew.
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "pad_h", "pad_w"])
 def convolve(
     x_ptr,
     weight_ptr,
@@ -77,7 +78,7 @@ def convolve(
         tl.store(out_ptr + ((row + i) * out_width + column) * channels, answer.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "images", "height", "width", "out_height", "out_width", "pad_h", "pad_w"])
 def weights_grad(
     grad_ptr,
     x_ptr,
@@ -127,7 +128,8 @@ def weights_grad(
         rows = ()
         for _ in tl.static_range(KH):
             rows = rows + (tl.zeros([COLUMNS, CHANNELS], dtype=tl.float32),)
-        for step in range(out_height + KH - 1):
+        step = 0
+        while step < out_height + KH - 1:
             row = tl.load(of_grad + step * g_h, mask=kept & (step < out_height), other=0.0).to(tl.float32)
             rows = (row,) + rows[: KH - 1]
             y = step - pad_h
@@ -139,6 +141,7 @@ def weights_grad(
                 for dy in tl.static_range(KH):
                     added = added + (sums[t * KH + dy] + rows[dy] * x,)
             sums = added
+            step += 1
         image += 1
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     parts_ptr += part.to(tl.int64) * (KH * KW) * channels + c
