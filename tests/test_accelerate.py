@@ -37,6 +37,9 @@ MODELS = {
 }
 
 ALL_THREE = "lamhalobotnet50ts_256"
+# Their layers are those of the others, and take longest.
+LARGE = ("halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b", "halo2botnet50ts_256", ALL_THREE)
+SHARED = [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in MODELS]
 
 LAYERS = {
     "halo": lambda: HaloAttn(16, num_heads=2, block_size=4, halo_size=1),
@@ -85,7 +88,7 @@ def network(name: str, images: torch.Tensor) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SHARED)
 def test_networks_are_timms(name):
     images = torch.randn(2, 3, MODELS[name], MODELS[name])
     slow = network(name, images)

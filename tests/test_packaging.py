@@ -136,7 +136,7 @@ def test_core_imports_and_lists_without_any_extra(tmp_path):
     ("line", "extra"),
     [
         (["fit", "--config", "quickstart"], "train"),
-        (["test", "--run", "x"], "train"),
+        pytest.param(["test", "--run", "x"], "train", marks=pytest.mark.slow),
         (["export", "x", "m.onnx"], "train"),
     ],
 )

@@ -79,6 +79,18 @@ def test_auto_falls_back_and_an_explicit_choice_says_why_not(cuda_tensor, monkey
         dispatch.dispatch(toy(), "triton", torch.empty(2))
 
 
+def test_explain_says_what_auto_takes_and_why(cuda_tensor, monkeypatch):
+    monkeypatch.setitem(dispatch.OPS, "toy", toy())
+    assert dispatch.explain("toy", cuda_tensor) == "triton"
+    assert dispatch.explain("toy", torch.empty(2)).startswith("reference: the tensor is on cpu")
+    monkeypatch.setitem(dispatch.OPS, "toy", toy(unsupported="so odd", slower=lambda x: "so few"))
+    assert dispatch.explain("toy", cuda_tensor) == "reference: so odd"
+    monkeypatch.setattr(dispatch, "DEFAULT", "triton")
+    assert dispatch.explain("toy", cuda_tensor) == "triton: ZOO_KERNELS=triton"
+    with pytest.raises(ValueError, match="no kernel op 'flash'; valid: context_broadcast"):
+        dispatch.explain("flash", cuda_tensor)
+
+
 def test_auto_leaves_what_is_slower_and_an_explicit_choice_takes_it(cuda_tensor, monkeypatch):
     waits = toy(slower=lambda x: "so few channels")
     assert dispatch.dispatch(waits, "auto", cuda_tensor) == "reference"

@@ -136,7 +136,8 @@ def test_chunks_change_nothing(monkeypatch):
 BOUND = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = [
     torch.float32,
-    torch.float16,
+    # The interpreter takes seconds for each, and a GPU none.
+    pytest.param(torch.float16, marks=[pytest.mark.slow] if INTERPRETED else []),
     pytest.param(
         torch.bfloat16, marks=pytest.mark.skipif(INTERPRETED, reason="the interpreter has no products of bfloat16")
     ),
@@ -207,6 +208,7 @@ def test_triton_at_other_depths(heads, key, channels, dtype, triton, triton_devi
 
 
 @pytest.mark.gpu
+@pytest.mark.slow
 def test_triton_takes_any_strides_and_dtypes_of_their_own(triton, triton_device, poisoned):
     q, v, table = (t.detach() for t in tensors(5, 6, 3, 3, 1, dtype=torch.float16))
     q = q.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)  # the view of an NCHW map

@@ -64,6 +64,8 @@ def validations(path: Path) -> list[tuple[str, str, str]]:
         return [(r["step"], r["val/top1"], r["val/loss"]) for r in csv.DictReader(file) if r["val/top1"]]
 
 
+# Two minutes of three processes; test_resume.py looks at the same without the command line.
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, images):
     whole = zoo(tmp_path, "fit", "--config", str(recipe(tmp_path, images, die=False)), "--run", "whole")
     assert whole.returncode == 0, whole.stderr[-2000:]

@@ -57,7 +57,9 @@ def test_floor_of_a_mechanism_by_hand():
     assert cost.forward_bytes == 2 * (3 * 16 * 8) * 2 + weights
 
 
-@pytest.mark.parametrize("name", ["efficient", "routing", "super", "window"])
+@pytest.mark.parametrize(
+    "name", ["window", *(pytest.param(name, marks=pytest.mark.slow) for name in ("efficient", "routing", "super"))]
+)
 def test_a_mechanism_is_timed_in_training_beside_softmax(name):
     rows = list(run_case(CASES[f"attention_{name}"], replace(QUICK, compare=("softmax", "compile", "graph"))))
     done = [(row["side"], row["mode"], row["pass"]) for row in rows if row["status"] == "ok"]
@@ -437,3 +439,14 @@ def test_sets_of_inputs_that_take_turns_fit_into_memory():
     assert run.rotations(1e6, 28e9, 75e9) == 2
     assert run.rotations(1e6, 28e9, 20e9) == 0
     assert run.kept(None, "graph") == run.kept(28.0, "eager") == (0.0, 0.0)
+
+
+def test_a_network_is_replayed_in_inference_alone_and_on_both_sides(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda network, **options: asked.append(options) or network)
+    rows = list(run_case(small(0.0), replace(QUICK, compare=("timm", "graph"))))
+    assert [(row["side"], row["mode"], row["pass"]) for row in rows] == [
+        ("ours", "graph", "inference"),
+        ("timm", "graph", "inference"),
+    ]
+    assert asked == 2 * [{"mode": "reduce-overhead"}]

@@ -25,7 +25,8 @@ class Op:
         reference: plain torch, the definition of correct.
         triton: the op registered with torch.library whose CUDA implementation is the kernel.
         unsupported: the first reason, of shape, dtype or device of these tensors, that rules the kernel out, or None.
-        slower: the first reason why "auto" leaves these tensors to the reference though the kernel takes them, or None.
+        slower: the first reason why "auto" leaves these tensors to the reference though the kernel takes them, or None;
+            `explain` tells it.
         auto_in_compile: whether "auto" takes the kernel inside torch.compile too. False for a reference of few
             operations, which the compiler fuses into its neighbours; a measured gain is the reason to set it.
     """
@@ -98,12 +99,39 @@ def _takes_triton(op: Op, impl: str, tensors: tuple) -> bool:
             return False
         if DEFAULT == "triton":
             return _insist("ZOO_KERNELS=triton", op, tensors)
-        if torch.compiler.is_compiling() and not op.auto_in_compile:
-            return False
-        return HAS_TRITON and op.unsupported(*tensors) is None and op.slower(*tensors) is None
+        return _left(op, tensors) is None
     if impl != "triton":
         raise ValueError(f"impl={impl!r}; valid: {', '.join(IMPLS)}")
     return _insist("impl='triton'", op, tensors)
+
+
+def _left(op: Op, tensors: tuple) -> str | None:
+    """The first reason why "auto" leaves tensors on a GPU to the reference, or None."""
+    if not HAS_TRITON:
+        return "triton is not installed (pip install triton)"
+    if torch.compiler.is_compiling() and not op.auto_in_compile:
+        return "torch.compile fuses the reference into its neighbours"
+    return op.unsupported(*tensors) or op.slower(*tensors)
+
+
+def explain(name: str, *tensors: Any) -> str:
+    """What impl="auto" takes for these arguments, and why: "triton", or "reference: " and the first reason.
+
+    Args:
+        name: of an op, as in zoo.kernels.<name>.
+        tensors: its arguments, constants too, without `impl`.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    if name not in OPS:
+        raise ValueError(f"there is no kernel op {name!r}; valid: {', '.join(OPS)}")
+    if DEFAULT != "auto":
+        return f"{DEFAULT}: ZOO_KERNELS={DEFAULT}"
+    if _elsewhere(tensors[0]):
+        return f"reference: the tensor is on {tensors[0].device}, or a graph is made of it for elsewhere"
+    reason = _left(OPS[name], tensors)
+    return "triton" if reason is None else f"reference: {reason}"
 
 
 def _insist(who: str, op: Op, tensors: tuple) -> bool:

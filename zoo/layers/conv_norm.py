@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from zoo.layers.depthwise import DepthwiseConv2d
-
 
 class ConvNorm(nn.Module):
     """Convolution, then BatchNorm: maps (B, in_chans, H, W) -> (B, out_chans, H', W').
@@ -23,11 +21,8 @@ class ConvNorm(nn.Module):
         self, in_chans: int, out_chans: int, kernel_size: int = 1, stride: int = 1, groups: int = 1, bias: bool = False
     ):
         super().__init__()
-        if groups > 1 and groups == in_chans == out_chans:
-            self.conv: nn.Conv2d = DepthwiseConv2d(in_chans, kernel_size, stride, bias)
-        else:
-            padding = kernel_size // 2
-            self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, groups=groups, bias=bias)
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, groups=groups, bias=bias)
         self.bn = nn.BatchNorm2d(out_chans)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +60,7 @@ class ResidualDepthwise(ConvNorm):
         return conv
 
 
-class ResidualConv(DepthwiseConv2d):
+class ResidualConv(nn.Conv2d):
     """x + conv(x) with one kernel a channel and a bias: maps (B, dim, H, W) -> the same shape.
 
     Args:
@@ -74,7 +69,7 @@ class ResidualConv(DepthwiseConv2d):
     """
 
     def __init__(self, dim: int, kernel_size: int = 3):
-        super().__init__(dim, kernel_size)
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self._conv_forward(x, self.weight, self.bias)
@@ -84,7 +79,7 @@ class ResidualConv(DepthwiseConv2d):
     def fuse(self) -> nn.Module:
         """The convolution that answers the same, with these weights changed in place: x is a 1 at the centre."""
         size = self.kernel_size[0]
-        conv = DepthwiseConv2d(self.in_channels, size)
+        conv = nn.Conv2d(self.in_channels, self.out_channels, size, padding=size // 2, groups=self.groups)
         conv.weight, conv.bias = self.weight, self.bias
         conv.weight[:, 0, size // 2, size // 2] += 1
         return conv

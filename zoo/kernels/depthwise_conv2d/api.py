@@ -28,7 +28,8 @@ def depthwise_conv2d(
     x and the gradient of y and writes one more, 6 * B * C * H * W.
 
     Args:
-        x: (B, C, H, W), any strides. float32, bfloat16, float16, and float64 in the reference alone.
+        x: (B, C, H, W), any strides. float32, bfloat16, float16, and float64 in the reference alone. Autocast leaves it
+            as it is.
         weight: (C, 1, kh, kw), any float dtype; rounded to that of x.
         bias: (C,), any float dtype.
         stride: at least 1; more than 1 is the reference's alone.
@@ -60,22 +61,32 @@ def _dispatched(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad
 
 
 def check_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
-    """Raises ValueError where the sizes of a call do not belong together."""
-    if x.dim() != 4:
-        raise ValueError(f"depthwise_conv2d: x {list(x.shape)}; it must have the four sizes (B, C, H, W)")
-    if weight.dim() != 4 or weight.shape[0] != x.shape[1] or weight.shape[1] != 1:
+    """Raises ValueError where the arguments of a call do not belong together."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(
+            f"depthwise_conv2d: x {list(x.shape)} of {x.dtype}; it must be (B, C, H, W) of floating point numbers"
+        )
+    if weight.dim() != 4 or weight.shape[0] != x.shape[1] or weight.shape[1] != 1 or 0 in weight.shape:
         raise ValueError(
             f"depthwise_conv2d: weight {list(weight.shape)}; for {x.shape[1]} channels it must be "
-            f"[{x.shape[1]}, 1, kernel height, kernel width]"
+            f"[{x.shape[1]}, 1, kernel height, kernel width], none of them 0"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"depthwise_conv2d: bias {list(bias.shape)}; it must be [{x.shape[1]}], one a channel")
-    if stride < 1 or padding < 0:
-        raise ValueError(f"depthwise_conv2d: stride={stride}, padding={padding}; they must be at least 1 and 0")
-    if x.shape[2] + 2 * padding < weight.shape[2] or x.shape[3] + 2 * padding < weight.shape[3]:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.device != x.device or not tensor.is_floating_point()):
+            raise ValueError(
+                f"depthwise_conv2d: {name} is {tensor.dtype} on {tensor.device}; it must be floating point on "
+                f"{x.device}, as x is"
+            )
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if not isinstance(value, int | torch.SymInt) or isinstance(value, bool) or value < least:
+            raise ValueError(f"depthwise_conv2d: {name}={value!r}; it must be one integer of at least {least}")
+    lacking = max(weight.shape[2] - x.shape[2], weight.shape[3] - x.shape[3]) - 2 * padding
+    if lacking > 0:
         raise ValueError(
             f"depthwise_conv2d: kernels of {list(weight.shape[2:])} do not fit into maps of {list(x.shape[2:])} with "
-            f"padding={padding}"
+            f"padding={padding}; take padding of at least {padding + (lacking + 1) // 2}, or smaller kernels"
         )
 
 
@@ -88,11 +99,6 @@ def _unsupported(
 ) -> str | None:
     if x.dtype not in _DTYPES:
         return f"x is {x.dtype}, and the kernel takes float32, bfloat16 and float16"
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            return f"{name} is on {tensor.device} and x on {x.device}"
-        if tensor is not None and not tensor.is_floating_point():
-            return f"{name} is {tensor.dtype}, and the kernel takes floating point"
     if stride != 1:
         return f"stride={stride}, and the kernel takes 1"
     if max(weight.shape[2:]) > _LARGEST or padding >= min(weight.shape[2:]):
@@ -100,7 +106,14 @@ def _unsupported(
             f"kernels are {list(weight.shape[2:])} with padding={padding}, and the kernel takes sides up to {_LARGEST} "
             "and padding below them"
         )
+    if max(_span(x), x[0].numel() + 2 * padding * x.shape[1] * sum(x.shape[2:]) if x.shape[0] else 0) >= 2**31:
+        return f"an image spans {_span(x)} numbers of memory, and the kernel counts up to 2**31"
     return None
+
+
+def _span(x: Tensor) -> int:
+    """How many numbers lie between the first and the last one of an image."""
+    return sum((x.shape[axis] - 1) * x.stride(axis) for axis in (1, 2, 3)) + 1
 
 
 def _slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> str | None:

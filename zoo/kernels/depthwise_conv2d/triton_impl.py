@@ -59,7 +59,7 @@ def weights_grad(grad: Tensor, x: Tensor, weight: Tensor, pad_h: int, pad_w: int
     batch, channels, height, width = x.shape
     out_height, out_width, (kh, kw) = grad.shape[2], grad.shape[3], weight.shape[2:]
     if grad.numel() == 0:
-        return torch.zeros_like(weight)
+        return torch.zeros_like(weight, memory_format=torch.contiguous_format)
     if x.dtype != torch.float32 and max(kh, kw) <= CUDNN_SIDE:
         like, sizes = x.new_empty(weight.shape), (None, [1, 1], [pad_h, pad_w], [1, 1], False, [0, 0], channels)
         found = torch.ops.aten.convolution_backward(grad, x, like, *sizes, [False, True, False])[1]

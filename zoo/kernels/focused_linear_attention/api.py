@@ -39,7 +39,8 @@ def focused_linear_attention(
         num_heads: heads; divides the channels.
         power: at least 1; 1 is plain ReLU linear attention.
         key_mask: bool (B or 1, N), True where a key may be attended; the mean is over those. The reference's alone.
-        impl: "auto", "reference" or "triton"; in torch.compile "auto" leaves heads of more than 32 channels to it.
+        impl: "auto", "reference" or "triton". In torch.compile "auto" leaves heads of more than 32 channels to the
+            reference.
 
     Returns:
         (B, N, heads * d) in the dtype of v.

@@ -11,8 +11,6 @@ from zoo.kernels.focused_linear_attention import triton_kernels
 
 # Tokens of one program: so many that its sums, which it writes once, are a small part of what it reads.
 RUN = 512
-# Unless so few programs would leave most of a GPU idle.
-SHORT_RUN, PROGRAMS = 128, 100
 # Numbers of a tile, of which a thread of eight warps then holds sixteen, and the fewest tokens of a product.
 TILE, FEWEST = 4096, 16
 
@@ -29,10 +27,6 @@ def constants(q: Tensor, v: Tensor, num_heads: int, power: int) -> dict[str, Any
     return sizes | {"WORK": work, "PRECISION": precision, "num_warps": 8}
 
 
-def run_of(batch: int, tokens: int) -> int:
-    return RUN if batch * triton.cdiv(tokens, RUN) >= PROGRAMS else min(RUN, SHORT_RUN)
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: Tensor, num_heads: int, power: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,8 +37,7 @@ def forward(
     if out.numel() == 0:
         sums = out.new_empty(batch, num_heads, depth, depth, dtype=torch.float32)
         return out, sums.zero_(), out.new_empty(batch, channels, dtype=torch.float32).zero_()
-    run = run_of(batch, tokens)
-    runs = triton.cdiv(tokens, run)
+    runs = triton.cdiv(tokens, RUN)
     sums = out.new_empty(batch, runs, num_heads, depth, depth, dtype=torch.float32)
     mean = out.new_empty(batch, runs, channels, dtype=torch.float32)
     fixed = constants(q, v, num_heads, power)
@@ -52,10 +45,10 @@ def forward(
     # Triton launches on the current device, which need not be that of q.
     with torch.cuda.device_of(q):
         triton_kernels.sum_keys[(batch, runs)](
-            k, v, positions, scale, sums, mean, tokens, run, *k.stride(), *v.stride(), **fixed
+            k, v, positions, scale, sums, mean, tokens, RUN, *k.stride(), *v.stride(), **fixed
         )
         sums, mean = sums.sum(dim=1), mean.sum(dim=1)
-        triton_kernels.answer_queries[(batch, runs)](q, scale, sums, mean, out, tokens, run, *q.stride(), **fixed)
+        triton_kernels.answer_queries[(batch, runs)](q, scale, sums, mean, out, tokens, RUN, *q.stride(), **fixed)
     return out, sums, mean
 
 
@@ -76,8 +69,7 @@ def backward(
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     if grad_q.numel() == 0:
         return grad_q, grad_k, grad_v, torch.zeros_like(positions), torch.zeros_like(scale)
-    run = run_of(batch, tokens)
-    runs = triton.cdiv(tokens, run)
+    runs = triton.cdiv(tokens, RUN)
     grad_sums = mean.new_empty(batch, runs, *sums.shape[1:])
     grad_mean = mean.new_empty(batch, runs, channels)
     grad_scale = mean.new_empty(2, batch, runs, channels)
@@ -95,7 +87,7 @@ def backward(
             grad_mean,
             grad_scale[0],
             tokens,
-            run,
+            RUN,
             *grad.stride(),
             *q.stride(),
             **fixed,
@@ -112,7 +104,7 @@ def backward(
             grad_v,
             grad_scale[1],
             tokens,
-            run,
+            RUN,
             *k.stride(),
             *v.stride(),
             **fixed,
