@@ -16,6 +16,7 @@ import zoo.backbones  # noqa: F401  (registers the zoo_* names with timm)
 from zoo.attention import Attention, list_attentions
 from zoo.attention.registry import attention_spec
 from zoo.errors import unknown
+from zoo.kernels.dispatch import standing_for
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> float | No
     device = next(model.parameters()).device
     counter = FlopCounterMode(display=False)
     # The math path is made of matrix products that the counter knows; the fused ones differ from device to device.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    # So are the references of our kernels, of which the counter knows nothing.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), standing_for("reference"), counter:
         try:
             model(torch.zeros(1, *input_size, device=device))
         except (NotImplementedError, RuntimeError):

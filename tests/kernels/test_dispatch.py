@@ -12,6 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zoo import kernels
+from zoo.attention import create_attention
+from zoo.catalogue import count_macs
 from zoo.kernels import dispatch
 from zoo.kernels.dispatch import Op
 
@@ -77,6 +79,29 @@ def test_auto_falls_back_and_an_explicit_choice_says_why_not(cuda_tensor, monkey
     assert dispatch.dispatch(toy(), "auto", cuda_tensor) == "reference"
     with pytest.raises(RuntimeError, match="triton is not installed"):
         dispatch.dispatch(toy(), "triton", torch.empty(2))
+
+
+def test_a_context_sets_what_auto_stands_for(cuda_tensor):
+    with dispatch.standing_for("reference"):
+        assert dispatch.dispatch(toy(), "auto", cuda_tensor) == "reference"
+    with pytest.raises(RuntimeError, match="too wide"), dispatch.standing_for("triton"):
+        dispatch.dispatch(toy("too wide"), "auto", cuda_tensor)
+    assert dispatch.dispatch(toy(), "auto", cuda_tensor) == "triton"
+    with pytest.raises(ValueError, match="'fast'"), dispatch.standing_for("fast"):
+        pass
+
+
+@pytest.mark.parametrize("name", ["focused_linear", "halo", "lambda"])
+def test_multiply_adds_on_a_gpu_are_those_on_the_cpu(name):
+    """torch's counter knows nothing of kernels."""
+
+    def counted():
+        attention = create_attention(name, 32, layout="map", grid_size=(16, 16)).eval()
+        return count_macs(attention, (32, 16, 16))
+
+    want = counted()
+    with FakeTensorMode(), torch.device("cuda"):
+        assert counted() == want
 
 
 def test_explain_says_what_auto_takes_and_why(cuda_tensor, monkeypatch):

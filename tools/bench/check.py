@@ -99,14 +99,15 @@ def _vanishes(gradient: Tensor, others: tuple[Tensor, ...]) -> bool:
 @contextlib.contextmanager
 def exact_maths(impl: str = "reference") -> Iterator[None]:
     """float32 products without TF32, and "auto" standing for this implementation of every op."""
-    from zoo.kernels import dispatch
+    from zoo.kernels.dispatch import standing_for
 
-    before = dispatch.DEFAULT, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    dispatch.DEFAULT, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = impl, False, False
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = False, False
     try:
-        yield
+        with standing_for(impl):
+            yield
     finally:
-        dispatch.DEFAULT, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 # Of the logits, and of the gradient of the images. In float32 the kernels' products may run in TF32. In bfloat16 random

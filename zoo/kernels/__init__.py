@@ -1,4 +1,7 @@
-"""Tensor functions: each has a reference in plain torch, the definition of correct, and a fast implementation."""
+"""Tensor functions: each has a reference in plain torch, the definition of correct, and a fast implementation.
+
+`explain(name, *arguments)` says which of them impl="auto" takes, and why.
+"""
 
 from zoo.kernels.context_broadcast.api import context_broadcast
 from zoo.kernels.depthwise_conv2d.api import depthwise_conv2d

@@ -1,8 +1,9 @@
 """The registry of ops, and the one decision a call: which implementation runs."""
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,17 @@ def default_impl(value: str | None) -> str:
 
 # Read once: a look into the environment costs more than a small kernel.
 DEFAULT = default_impl(os.environ.get("ZOO_KERNELS"))
+
+
+@contextlib.contextmanager
+def standing_for(impl: str) -> Iterator[None]:
+    """A context in which "auto" stands for this implementation of every op."""
+    global DEFAULT
+    before, DEFAULT = DEFAULT, default_impl(impl)
+    try:
+        yield
+    finally:
+        DEFAULT = before
 
 
 def dispatch(op: Op, impl: str, *tensors: Any) -> Tensor:
