@@ -107,14 +107,11 @@ def _unsupported(
             f"kernels are {list(weight.shape[2:])} with padding={padding}, and the kernel takes sides up to {_LARGEST} "
             "and padding below them"
         )
-    if max(_span(x), x[0].numel() + 2 * padding * x.shape[1] * sum(x.shape[2:]) if x.shape[0] else 0) >= 2**31:
-        return f"an image spans {_span(x)} numbers of memory, and the kernel counts up to 2**31"
+    channels, height, width = x.shape[1:]
+    span = 1 + sum((x.shape[axis] - 1) * x.stride(axis) for axis in (1, 2, 3))
+    if max(span, channels * (height + 2 * padding) * (width + 2 * padding)) >= 2**31:
+        return f"an image of {list(x.shape[1:])} spans {span} numbers of memory, and the kernel counts to 2**31"
     return None
-
-
-def _span(x: Tensor) -> int:
-    """How many numbers lie between the first and the last one of an image."""
-    return sum((x.shape[axis] - 1) * x.stride(axis) for axis in (1, 2, 3)) + 1
 
 
 def _slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> str | None:
