@@ -34,7 +34,7 @@ def speed() -> ModuleType:
 
 
 # Ways of running that a pass has not.
-STRANGERS = (("recipe", "inference"), ("fused", "training"), ("graph", "training"))
+NOT_OF_PASS = (("recipe", "inference"), ("fused", "training"), ("graph", "training"))
 
 
 def network_sides(case: NetworkCase, compare: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -54,7 +54,7 @@ def run_network(case: NetworkCase, options: Options) -> Iterator[dict[str, Any]]
     """The rows of a network: inference and training of each side and mode."""
     for side, mode in network_sides(case, options.compare):
         for what in options.passes:
-            if what not in case.passes or (mode, what) in STRANGERS:
+            if what not in case.passes or (mode, what) in NOT_OF_PASS:
                 continue
             row = {"side": side, "mode": mode, "pass": what, "status": "ok"}
             tidy()
