@@ -23,7 +23,7 @@ DEFECTS := data/samples/anomaly/fabric/test
 SEGMENTER := runs/quickstart-segmentation
 SCENES := data/samples/segmentation/val/images
 # Everything, in tens of minutes: make pytest PYTEST_ARGS="-n 2"
-PYTEST_ARGS ?= -n 2 --dist worksteal -m "not slow and not clients"
+PYTEST_ARGS ?= -n 2 -m "not slow and not clients"
 
 # What a run's record must hold: its folder, split, metric and least per cent.
 reached = @$(PYTHON) -c 'import json, sys; record = json.load(open("$(1)/record.json")); \

@@ -24,7 +24,7 @@ ALLOWED = {
     "tasks": {"data", "metrics", "heads", "features", "backbones"},
     "export": {"tasks", "data"},
     "published": set(),
-    "catalogue": {"backbones", "attention"},
+    "catalogue": {"backbones", "attention", "kernels"},
     "commands": {
         *("cli", "catalogue", "published", "tasks", "data", "export"),
         *("attention", "backbones", "heads", "metrics"),
