@@ -14,7 +14,7 @@ from tools.bench import machine
 from tools.bench.cases import CASES, NetworkCase
 from tools.bench.networks import create
 from tools.bench.run import Options
-from tools.bench.run_network import build_inference, build_training
+from tools.bench.run_network import NOT_OF_PASS, build_inference, build_training
 from tools.bench.timing import measure
 
 # Group -> names of kernels (GPU) or operators (CPU) that belong to it; the first that matches counts.
@@ -119,7 +119,7 @@ def profile(name: str, device: str, mode: str, side: str, what: str, quick: bool
     case = case_of(name)
     if (case.ours if side == "ours" else case.peer) is None:
         raise ValueError(f"{name} has no side {side!r}")
-    if (what, mode) in (("inference", "recipe"), ("training", "fused"), ("training", "graph")):
+    if (mode, what) in NOT_OF_PASS:
         raise ValueError(f"mode {mode!r} is not one of {what}; take eager or compile")
     options = Options(device, quick)
     print(machine.said(machine.about(device, "")))

@@ -16,6 +16,11 @@ CUDNN_SIDE = 7
 SUMS, STEPS, PROGRAMS = 27, 112, 400
 
 
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Of images, rows, columns and channels."""
+    return x.stride(0), x.stride(2), x.stride(3), x.stride(1)
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: int, flipped: bool) -> Tensor:
     """(B, C, H', W') channels-last; `flipped` turns the kernels by 180 degrees; any strides."""
     batch, channels, height, width = x.shape
@@ -24,6 +29,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: i
     out = x.new_empty(batch, out_height, out_width, channels)
     if out.numel() == 0:
         return out.permute(0, 3, 1, 2)
+    sizes = (height, width, out_height, out_width, pad_h, pad_w)
     by_tap = x.new_empty(kh * kw, channels).copy_(weight.reshape(channels, kh * kw).t())
     block = 64 if channels % 64 == 0 else min(32, triton.next_power_of_2(channels))
     columns = TILE // block
@@ -35,14 +41,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: i
             by_tap,
             by_tap if bias is None else bias.contiguous(),
             out,
-            height,
-            width,
-            out_height,
-            out_width,
-            pad_h,
-            pad_w,
+            *sizes,
             channels,
-            *(x.stride(axis) for axis in (0, 2, 3, 1)),
+            *_strides(x),
             KH=kh,
             KW=kw,
             FLIPPED=flipped,
@@ -62,9 +63,10 @@ def weights_grad(grad: Tensor, x: Tensor, weight: Tensor, pad_h: int, pad_w: int
     if grad.numel() == 0:
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
     if x.dtype != torch.float32 and max(kh, kw) <= CUDNN_SIDE:
-        like, sizes = x.new_empty(weight.shape), (None, [1, 1], [pad_h, pad_w], [1, 1], False, [0, 0], channels)
-        found = torch.ops.aten.convolution_backward(grad, x, like, *sizes, [False, True, False])[1]
+        like, given = x.new_empty(weight.shape), (None, [1, 1], [pad_h, pad_w], [1, 1], False, [0, 0], channels)
+        found = torch.ops.aten.convolution_backward(grad, x, like, *given, [False, True, False])[1]
         return found.contiguous().to(weight.dtype)
+    sizes = (height, width, out_height, out_width, pad_h, pad_w)
     block = min(64, triton.next_power_of_2(channels))
     columns = 512 // block
     across = triton.cdiv(out_width, columns)
@@ -81,15 +83,10 @@ def weights_grad(grad: Tensor, x: Tensor, weight: Tensor, pad_h: int, pad_w: int
             sums,
             batch,
             images,
-            height,
-            width,
-            out_height,
-            out_width,
-            pad_h,
-            pad_w,
+            *sizes,
             channels,
-            *(grad.stride(axis) for axis in (0, 2, 3, 1)),
-            *(x.stride(axis) for axis in (0, 2, 3, 1)),
+            *_strides(grad),
+            *_strides(x),
             KH=kh,
             KW=kw,
             TAPS=taps,
