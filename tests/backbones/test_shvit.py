@@ -170,8 +170,8 @@ def test_fused_network_answers_the_same_with_fewer_layers(options):
     assert [m.in_channels for m in now[:4]] == [3, *(-(-m.in_channels // 8) * 8 for m in was[1:4])]
     assert [m.weight.shape[:2] for m in now[:4]] == [(m.out_channels, m.in_channels) for m in now[:4]]
     assert now[3].out_channels == was[3].out_channels
-    assert type(fused.stages[0].blocks[0].conv) is nn.Conv2d
-    assert type(fused.stages[1].downsample[0]) is nn.Conv2d
+    assert isinstance(fused.stages[0].blocks[0].conv, nn.Conv2d)
+    assert isinstance(fused.stages[1].downsample[0], nn.Conv2d)
     for size in ((64, 64), (50, 71)):
         x = images(*size)
         torch.testing.assert_close(fused(x), model(x), **NEAR)

@@ -14,6 +14,7 @@ from zoo.backbones.uniformer import UniFormer, checkpoint_filter_fn
 from zoo.backbones.uniformer_light import ShrinkingUniFormer
 from zoo.catalogue import count_macs
 from zoo.errors import UsageError
+from zoo.layers.conv_norm import ResidualConv
 
 _S, _PLUS, _B, _DIMS = (3, 4, 8, 3), (3, 5, 9, 3), (5, 8, 20, 7), (64, 128, 320, 512)
 # Channels, blocks, channels of a head, parameters in millions, multiply-adds in billions at 224 pixels, and what its
@@ -373,7 +374,8 @@ def test_fused_network_answers_the_same(options):
         # float32 products of folded weights against a norm's own scale and shift.
         torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
     block = fused.stages[0].blocks[0]
-    assert type(block.pos_embed) is nn.Conv2d
+    assert isinstance(block.pos_embed, nn.Conv2d)
+    assert not isinstance(block.pos_embed, ResidualConv)
     assert isinstance(block.norm2, nn.Identity)
     assert isinstance(block.norm1, nn.Identity) == ("attn" not in options)
     assert torch.equal(copy.deepcopy(fused).fuse()(x), fused(x))

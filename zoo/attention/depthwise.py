@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import UsageError
+from zoo.layers.conv2d import depthwise
 
 
 def depthwise_tokens(
@@ -16,7 +17,7 @@ def depthwise_tokens(
     if key_mask is not None:
         v = v * key_mask[:, :, None]
     cells = v[:, prefix:].transpose(1, 2).unflatten(2, grid)
-    out = F.conv2d(cells, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    out = depthwise(cells, weight, bias, weight.shape[-1] // 2)
     out = out.flatten(2).transpose(1, 2)
     return F.pad(out, (0, 0, prefix, 0)) if prefix > 0 else out
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo.attention.base import Attention, Grid
 from zoo.attention.depthwise import check_kernel
 from zoo.attention.registry import register_attention
+from zoo.layers.conv2d import Conv2d
 
 
 @register_attention(
@@ -52,7 +53,7 @@ class LocalRelationAttention(Attention):
         super().__init__(dim, dim_out, grid_size, num_prefix_tokens)
         width, kernel = self.dim_out, check_kernel("local_relation", "kernel_size", kernel_size)
         self.v = nn.Conv2d(dim, width, 1, bias=qkv_bias)
-        self.affinity = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.affinity = Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
         self.proj = nn.Conv2d(width, width, 1) if proj else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 

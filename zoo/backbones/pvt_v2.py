@@ -17,6 +17,7 @@ from zoo.backbones._build import build, unwrap
 from zoo.backbones._checkpoint import fit, rename, stage_of
 from zoo.backbones._pyramid import Block, Embed, Place, Pyramid, flatten_cfg, pyramid_cfg
 from zoo.backbones._staged import own_attention, per_stage
+from zoo.layers.conv2d import Conv2d
 
 __all__ = ["PyramidVisionTransformerV2"]
 
@@ -27,7 +28,7 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.dwconv = Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
         self.fc2 = nn.Linear(hidden, dim)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from zoo.layers.conv2d import Conv2d
+
 
 class ConvNorm(nn.Module):
     """Convolution, then BatchNorm: maps (B, in_chans, H, W) -> (B, out_chans, H', W').
@@ -22,7 +24,7 @@ class ConvNorm(nn.Module):
     ):
         super().__init__()
         padding = kernel_size // 2
-        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, groups=groups, bias=bias)
+        self.conv = Conv2d(in_chans, out_chans, kernel_size, stride, padding, groups=groups, bias=bias)
         self.bn = nn.BatchNorm2d(out_chans)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ class ResidualDepthwise(ConvNorm):
         return conv
 
 
-class ResidualConv(nn.Conv2d):
+class ResidualConv(Conv2d):
     """x + conv(x) with one kernel a channel and a bias: maps (B, dim, H, W) -> the same shape.
 
     Args:
@@ -72,14 +74,14 @@ class ResidualConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self._conv_forward(x, self.weight, self.bias)
+        return x + self.convolve(x)
 
     @torch.jit.ignore
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The convolution that answers the same, with these weights changed in place: x is a 1 at the centre."""
         size = self.kernel_size[0]
-        conv = nn.Conv2d(self.in_channels, self.out_channels, size, padding=size // 2, groups=self.groups)
+        conv = Conv2d(self.in_channels, self.out_channels, size, padding=size // 2, groups=self.groups)
         conv.weight, conv.bias = self.weight, self.bias
         conv.weight[:, 0, size // 2, size // 2] += 1
         return conv

@@ -1,0 +1,152 @@
+"""Conv2d and depthwise answer what nn.Conv2d and F.conv2d do, whichever way they take."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zoo.kernels import dispatch
+from zoo.layers import conv2d
+from zoo.layers.conv2d import Conv2d
+
+NEAR = {"atol": 1e-5, "rtol": 1e-5}  # float32, the same sums in another order
+
+# in, out, kernel and options: a stem, one kernel a channel, and everything that the kernel does not take.
+CONVS = [
+    (3, 28, 3, {"stride": 2, "padding": 1, "bias": False}),
+    (28, 16, (1, 3), {"padding": "same"}),
+    (6, 6, 3, {"padding": 1, "groups": 6}),
+    (6, 6, 5, {"padding": 2, "groups": 6, "bias": False}),
+    (6, 6, 3, {"padding": 1, "groups": 6, "stride": 2}),
+    (6, 6, 3, {"padding": 2, "groups": 6, "dilation": 2}),
+    (6, 6, 3, {"padding": (1, 2), "groups": 6}),
+    (6, 6, 3, {"padding": "same", "groups": 6}),
+    (6, 6, 3, {"padding": 1, "groups": 6, "padding_mode": "reflect"}),
+    (6, 12, 3, {"padding": 1, "groups": 6}),
+    (6, 12, 3, {"padding": 1, "groups": 3}),
+    (1, 1, 3, {"padding": 1}),
+]
+convs = pytest.mark.parametrize(("before", "after", "kernel", "options"), CONVS, ids=str)
+
+
+def pair(before, after, kernel, options, **factory):
+    theirs = nn.Conv2d(before, after, kernel, **options, **factory)
+    ours = Conv2d(before, after, kernel, **options, **factory)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def compare(ours, theirs, x, near, run=None):
+    """Answers and gradients of x and all parameters, in the dtypes in which torch gives them."""
+    results = []
+    for conv, call in ((theirs, theirs), (ours, run or ours)):
+        leaf = x.detach().clone().requires_grad_()
+        out = call(leaf)
+        weights = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
+        grads = torch.autograd.grad((out.float() * weights).sum(), [leaf, *conv.parameters()])
+        results.append([out, *grads])
+    for want, got in zip(*results, strict=True):
+        assert (got.dtype, got.shape) == (want.dtype, want.shape)
+        scale = want.abs().max().item()
+        assert (got - want).abs().max() <= near["atol"] + near["rtol"] * scale
+
+
+@convs
+def test_answers_as_torch_does(before, after, kernel, options):
+    ours, theirs = pair(before, after, kernel, options)
+    assert repr(ours) == repr(theirs)
+    for size in ((2, before, 8, 9), (before, 8, 9)):
+        x = torch.randn(size)
+        assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.double()(x.double()), theirs.double()(x.double()))
+
+
+@convs
+def test_what_a_gpu_would_take_answers_as_torch_does(before, after, kernel, options, monkeypatch):
+    """Every way, with the dtype that decides as if x were on a GPU."""
+    taken = []
+    monkeypatch.setattr(conv2d, "_dtype", lambda x, weight: x.dtype)
+    monkeypatch.setattr(conv2d, "_HALF", (torch.float32,))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(
+        Conv2d, "_in_eights", lambda *given, own=Conv2d._in_eights: taken.append("eights") or own(*given)
+    )
+    own = conv2d.kernels.depthwise_conv2d
+    monkeypatch.setattr(conv2d.kernels, "depthwise_conv2d", lambda *given: taken.append("depthwise") or own(*given))
+    ours, theirs = pair(before, after, kernel, options)
+    compare(ours, theirs, torch.randn(2, before, 8, 9), NEAR)
+    alone = options.get("groups", 1) == before == after > 1 and set(options) <= {"padding", "groups", "bias"}
+    expected = "eights" if "groups" not in options else "depthwise" if alone and options["padding"] in (1, 2) else None
+    assert taken == ([expected] if expected else [])
+    ours(torch.randn(before, 8, 9))
+    assert len(taken) <= 1  # maps without a batch are torch's
+
+
+def test_channels_are_filled_up_to_eights(monkeypatch):
+    seen = []
+    conv = Conv2d(3, 28, 3, stride=2, padding=1)
+    own = conv._conv_forward
+    monkeypatch.setattr(
+        conv, "_conv_forward", lambda x, weight, bias: seen.append((x, weight, bias)) or own(x, weight, bias)
+    )
+    assert conv._in_eights(torch.randn(2, 3, 8, 9)).shape == (2, 28, 4, 5)
+    ((x, weight, bias),) = seen
+    assert (x.shape[1], weight.shape, bias.shape) == (8, (32, 8, 3, 3), (32,))
+    assert conv.weight.shape == (28, 3, 3, 3)
+
+
+@convs
+def test_scripts_and_traces(before, after, kernel, options):
+    ours, theirs = pair(before, after, kernel, options)
+    x = torch.randn(2, before, 8, 9)
+    for made in (torch.jit.script(ours), torch.jit.trace(ours, x), torch.fx.symbolic_trace(ours)):
+        assert torch.equal(made(x), theirs(x))
+    graph = torch.export.export(ours, (x,)).module()
+    assert torch.equal(graph(x), theirs(x))
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), theirs(x), **NEAR)
+
+
+def test_a_function_for_tokens_scripts():
+    x, weight, bias = torch.randn(2, 4, 5, 6), torch.randn(4, 1, 3, 3), torch.randn(4)
+    want = F.conv2d(x, weight, bias, padding=1, groups=4)
+    assert torch.equal(conv2d.depthwise(x, weight, bias, 1), want)
+    assert torch.equal(torch.jit.script(conv2d.depthwise)(x, weight, bias, 1), want)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: torch has one way here")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@convs
+def test_on_a_gpu_in_half_precision(before, after, kernel, options):
+    """Under autocast and in bfloat16 throughout, eager and compiled, and float64 under autocast."""
+    # bfloat16 operands are the same; the answer, and what torch rounds on the way to a gradient, once each.
+    near = {"atol": 1e-2, "rtol": 2**-7}
+    x = torch.randn(2, before, 8, 9, device="cuda").contiguous(memory_format=torch.channels_last)
+    for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
+        ours, theirs = pair(before, after, kernel, options, device="cuda", dtype=dtype)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast), dispatch.standing_for("auto"):
+            compare(ours, theirs, x.to(dtype), near)
+            compare(ours, theirs, x.to(dtype), near, torch.compile(ours, fullgraph=True))
+    with torch.autocast("cuda", torch.bfloat16):
+        ours, theirs = pair(before, after, kernel, options, device="cuda", dtype=torch.float64)
+        compare(ours, theirs, x.double(), NEAR)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_dtypes_that_torch_refuses_are_refused():
+    conv = Conv2d(64, 64, 3, padding=1, groups=64, device="cuda")
+    with pytest.raises(RuntimeError, match="type"):
+        conv(torch.randn(2, 64, 8, 8, device="cuda", dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_autocast_reaches_the_kernel():
+    ours, theirs = pair(64, 64, 9, {"padding": 4, "groups": 64}, device="cuda")
+    x = torch.randn(2, 64, 12, 11, device="cuda").contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16), torch.profiler.profile() as profile:
+        compare(ours, theirs, x, {"atol": 2e-2, "rtol": 2**-7})
+    assert "zoo::depthwise_conv2d" in {event.key for event in profile.key_averages()}
