@@ -108,14 +108,14 @@ def test_auto_takes_the_kernel_where_cudnn_is_slow_and_says_why_not_elsewhere(mo
     entry = dispatch.OPS["depthwise_conv2d"]
     monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     monkeypatch.setattr(dispatch, "DEFAULT", "auto")
-    for compiling in (False, True):
+    for compiling, taken, refused in ((False, (9, 11, 17), 7), (True, (3, 5, 17), 1)):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
-        for kernel in (9, 11, 17):
+        for kernel in taken:
             assert dispatch._takes_triton(entry, "auto", fakes(kernel=kernel))
         for left, why in (
             (fakes(dtype=torch.float32), "left to float32"),
             (fakes(layout=torch.contiguous_format), "not channels-last"),
-            (fakes(kernel=7), "kernels below 9 x 9"),
+            (fakes(kernel=refused), f"kernels below {taken[0]} x {taken[0]}"),
             (fakes(channels=24), "fewer than 32 channels"),
         ):
             assert explain("depthwise_conv2d", *left).startswith("reference: ")

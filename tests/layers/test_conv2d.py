@@ -36,10 +36,10 @@ def pair(before, after, kernel, options, **factory):
     return ours, theirs
 
 
-def compare(ours, theirs, x, near, run=None):
+def compare(ours, theirs, x, near, run=None, wanted=None):
     """Answers and gradients of x and all parameters, in the dtypes in which torch gives them."""
     results = []
-    for conv, call in ((theirs, theirs), (ours, run or ours)):
+    for conv, call in ((theirs, wanted or theirs), (ours, ours if run is None else run)):
         leaf = x.detach().clone().requires_grad_()
         out = call(leaf)
         weights = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
@@ -68,15 +68,17 @@ def test_what_a_gpu_would_take_answers_as_torch_does(before, after, kernel, opti
     monkeypatch.setattr(conv2d, "_dtype", lambda x, weight: x.dtype)
     monkeypatch.setattr(conv2d, "_HALF", (torch.float32,))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(
-        Conv2d, "_in_eights", lambda *given, own=Conv2d._in_eights: taken.append("eights") or own(*given)
-    )
+    for way in ("_in_eights", "_of_few"):
+        own = getattr(Conv2d, way)
+        monkeypatch.setattr(Conv2d, way, lambda *given, own=own, way=way: taken.append(way) or own(*given))
     own = conv2d.kernels.depthwise_conv2d
     monkeypatch.setattr(conv2d.kernels, "depthwise_conv2d", lambda *given: taken.append("depthwise") or own(*given))
     ours, theirs = pair(before, after, kernel, options)
     compare(ours, theirs, torch.randn(2, before, 8, 9), NEAR)
     alone = options.get("groups", 1) == before == after > 1 and set(options) <= {"padding", "groups", "bias"}
-    expected = "eights" if "groups" not in options else "depthwise" if alone and options["padding"] in (1, 2) else None
+    expected = "depthwise" if alone and options["padding"] in (1, 2) else None
+    if "groups" not in options:
+        expected = "_of_few" if before < 8 else "_in_eights"
     assert taken == ([expected] if expected else [])
     ours(torch.randn(before, 8, 9))
     assert len(taken) <= 1  # maps without a batch are torch's
@@ -101,6 +103,7 @@ def test_scripts_and_traces(before, after, kernel, options):
     x = torch.randn(2, before, 8, 9)
     for made in (torch.jit.script(ours), torch.jit.trace(ours, x), torch.fx.symbolic_trace(ours)):
         assert torch.equal(made(x), theirs(x))
+    torch._dynamo.reset()  # many kinds of one class: torch compiles eight
     graph = torch.export.export(ours, (x,)).module()
     assert torch.equal(graph(x), theirs(x))
     torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), theirs(x), **NEAR)
@@ -122,6 +125,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 def test_on_a_gpu_in_half_precision(before, after, kernel, options):
     """Under autocast and in bfloat16 throughout, eager and compiled, and float64 under autocast."""
     # bfloat16 operands are the same; the answer, and what torch rounds on the way to a gradient, once each.
+    torch._dynamo.reset()
     near = {"atol": 1e-2, "rtol": 2**-7}
     x = torch.randn(2, before, 8, 9, device="cuda").contiguous(memory_format=torch.channels_last)
     for dtype, autocast in ((torch.float32, True), (torch.bfloat16, False)):
@@ -150,3 +154,26 @@ def test_autocast_reaches_the_kernel():
     with torch.autocast("cuda", torch.bfloat16), torch.profiler.profile() as profile:
         compare(ours, theirs, x, {"atol": 2e-2, "rtol": 2**-7})
     assert "zoo::depthwise_conv2d" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("kernel", [3, 5, 9])
+def test_torch_compile_launches_the_kernel_by_itself(kernel):
+    """Of maps that are dense, part of wider ones, or written by what comes before; answers and all gradients."""
+    torch._dynamo.reset()
+    ours, theirs = pair(64, 64, kernel, {"padding": kernel // 2, "groups": 64}, device="cuda")
+    x = torch.randn(3, 192, 12, 11, device="cuda").contiguous(memory_format=torch.channels_last)
+
+    def around(conv):
+        return lambda x: conv(x.chunk(3, dim=1)[1]).relu() + conv(x[:, :64] * 1.5)
+
+    compiled = torch.compile(around(ours), fullgraph=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        # Two convolutions, each rounded, and their gradients added in bfloat16.
+        compare(ours, theirs, x, {"atol": 4e-2, "rtol": 2**-6}, compiled, around(theirs))
+        with torch.profiler.profile() as profile:
+            compiled(x.requires_grad_()).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert any("convolve" in name for name in names), names
+    assert not any("zoo::" in name for name in names), names

@@ -104,7 +104,7 @@ def function_sides(case: FunctionCase, compare: tuple[str, ...]) -> list[tuple[s
         sides.append((case.peer, "compile"))
     if "graph" in compare:
         sides.append(("ours", "graph"))
-        if case.kind != "op" and case.peer in compare:
+        if case.peer == "reference" or case.peer in compare:
             sides.append((case.peer, "graph"))
     return sides
 

@@ -63,7 +63,7 @@ class Conv2d(nn.Conv2d):
                 return _depthwise(x, self.weight, self.bias, int(self.padding[0]))
             uneven = self.groups == 1 and (self.in_channels % 8 or self.out_channels % 8)
             if uneven and dtype in _HALF and torch.compiler.is_compiling():
-                return self._in_eights(x)
+                return self._of_few(x.to(dtype)) if self._few() else self._in_eights(x)
         return self._conv_forward(x, self.weight, self.bias)
 
     def _one_a_channel(self) -> bool:
@@ -71,9 +71,26 @@ class Conv2d(nn.Conv2d):
         plain = square and self.stride == (1, 1) and self.dilation == (1, 1)
         return plain and 1 < self.groups == self.in_channels == self.out_channels
 
+    def _few(self) -> bool:
+        """Whether this is a convolution of images, of small patches."""
+        columns = self.in_channels * self.kernel_size[0] * self.kernel_size[1]
+        return self.in_channels < 8 and columns <= 64 and isinstance(self.padding, tuple) and self.dilation == (1, 1)
+
+    def _of_few(self, x: Tensor) -> Tensor:
+        down, right = (int(side) for side in self.padding)
+        (kh, kw), (stride_h, stride_w) = self.kernel_size, self.stride
+        windows = F.pad(x, (right, right, down, down)).unfold(2, kh, stride_h).unfold(3, kw, stride_w)
+        patches = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)
+        before, after = -patches.shape[3] % 8, -self.out_channels % 8
+        weight = F.pad(self.weight.flatten(1), (0, before, 0, after))
+        bias = None if self.bias is None else F.pad(self.bias, (0, after))
+        out = F.linear(F.pad(patches, (0, before)), weight, bias)
+        return F.pad(out, (0, -after)).permute(0, 3, 1, 2)
+
     def _in_eights(self, x: Tensor) -> Tensor:
         before, after = -self.in_channels % 8, -self.out_channels % 8
         weight = F.pad(self.weight, (0, 0, 0, 0, 0, before, 0, after))
         bias = None if self.bias is None else F.pad(self.bias, (0, after))
         out = self._conv_forward(F.pad(x, (0, 0, 0, 0, 0, before)), weight, bias)
-        return out[:, : self.out_channels]
+        # Cut by a pad: the gradient of a slice would be a map that is not channels-last, and cuDNN would turn it.
+        return F.pad(out, (0, 0, 0, 0, 0, -after))

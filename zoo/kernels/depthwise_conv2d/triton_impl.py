@@ -3,6 +3,7 @@
 import torch
 import triton
 from torch import Tensor
+from torch.library import wrap_triton
 
 from zoo.kernels.depthwise_conv2d import triton_kernels
 
@@ -21,9 +22,12 @@ def _strides(x: Tensor) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(2), x.stride(3), x.stride(1)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: int, flipped: bool) -> Tensor:
-    """(B, C, H', W') channels-last; `flipped` turns the kernels by 180 degrees; any strides."""
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: int, flipped: bool, traced: bool = False
+) -> Tensor:
+    """(B, C, H', W') channels-last; `flipped` turns the kernels by 180 degrees; any strides; `traced`: into a graph."""
     batch, channels, height, width = x.shape
+    channels = int(channels)
     kh, kw = weight.shape[2:]
     out_height, out_width = height + 2 * pad_h - kh + 1, width + 2 * pad_w - kw + 1
     out = x.new_empty(batch, out_height, out_width, channels)
@@ -36,7 +40,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: i
     grid = (batch * triton.cdiv(out_height, ROWS) * triton.cdiv(out_width, columns), triton.cdiv(channels, block))
     # Triton launches on the current device, which need not be that of x.
     with torch.cuda.device_of(x):
-        triton_kernels.convolve[grid](
+        kernel = wrap_triton(triton_kernels.convolve) if traced else triton_kernels.convolve
+        kernel[grid](
             x,
             by_tap,
             by_tap if bias is None else bias.contiguous(),
@@ -56,9 +61,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: i
     return out.permute(0, 3, 1, 2)
 
 
-def weights_grad(grad: Tensor, x: Tensor, weight: Tensor, pad_h: int, pad_w: int) -> Tensor:
+def weights_grad(grad: Tensor, x: Tensor, weight: Tensor, pad_h: int, pad_w: int, traced: bool = False) -> Tensor:
     """The gradient of `weight`, of which shape and dtype count, for that of the output; any strides."""
     batch, channels, height, width = x.shape
+    channels = int(channels)
     out_height, out_width, (kh, kw) = grad.shape[2], grad.shape[3], weight.shape[2:]
     if grad.numel() == 0:
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
@@ -77,7 +83,8 @@ def weights_grad(grad: Tensor, x: Tensor, weight: Tensor, pad_h: int, pad_w: int
     parts = triton.cdiv(batch, images) * across
     sums = x.new_empty(parts, kh * kw, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
-        triton_kernels.weights_grad[(parts, blocks, passes)](
+        kernel = wrap_triton(triton_kernels.weights_grad) if traced else triton_kernels.weights_grad
+        kernel[(parts, blocks, passes)](
             grad,
             x,
             sums,
