@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zoo.kernels import depthwise_conv2d, dispatch, explain
+from zoo.kernels import depthwise_conv2d, dispatch, explain, takes_kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a real GPU: the interpreter takes minutes for it")
@@ -111,7 +111,7 @@ def test_auto_takes_the_kernel_where_cudnn_is_slow_and_says_why_not_elsewhere(mo
     for compiling, taken, refused in ((False, (9, 11, 17), 7), (True, (3, 5, 17), 1)):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
         for kernel in taken:
-            assert dispatch._takes_triton(entry, "auto", fakes(kernel=kernel))
+            assert takes_kernel("depthwise_conv2d", *fakes(kernel=kernel))
         for left, why in (
             (fakes(dtype=torch.float32), "left to float32"),
             (fakes(layout=torch.contiguous_format), "not channels-last"),
@@ -120,7 +120,7 @@ def test_auto_takes_the_kernel_where_cudnn_is_slow_and_says_why_not_elsewhere(mo
         ):
             assert explain("depthwise_conv2d", *left).startswith("reference: ")
             assert why in explain("depthwise_conv2d", *left)
-            assert not dispatch._takes_triton(entry, "auto", left)
+            assert not takes_kernel("depthwise_conv2d", *left)
             assert dispatch._takes_triton(entry, "triton", left)  # it can, and says nothing
         assert explain("depthwise_conv2d", *fakes()) == "triton"
         assert explain("depthwise_conv2d", *fakes(stride=2)) == "reference: stride=2, and the kernel takes 1"

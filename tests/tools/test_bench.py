@@ -290,7 +290,10 @@ def test_figures_from_elsewhere_count_on_the_same_kind_of_gpu_alone():
 def test_add_keeps_rows_of_the_same_versions():
     before = record(rows=[row("ours", "eager", 1), row("timm", "eager", 2)], commands=["first"])
     now = record(rows=[row("ours", "eager", 3), row("ours", "compile", 4)], commands=["second"])
-    both = machine.merged(now, before)
+    both = machine.merged(now | {"commit": "b" * 40}, before | {"commit": "a" * 40})
+    assert [row.get("commit") for row in both["rows"]] == ["a" * 40, None, None]
+    told = report.machines([both])
+    assert [any(f"commit {sign * 12}" in line for line in told) for sign in "abc"] == [True, True, False]
     assert [(r["side"], r["mode"], r["images_per_second"]) for r in both["rows"]] == [
         ("timm", "eager", 2),
         ("ours", "eager", 3),
@@ -300,7 +303,8 @@ def test_add_keeps_rows_of_the_same_versions():
     failed = {"side": "ours", "mode": "eager", "status": "wrong", "reason": "off"}
     assert machine.merged(now, before | {"rows": [failed]})["rows"] == now["rows"]
     late = now | {"rows": [{"side": "ours", "mode": "eager", "pass": "training", "status": "left out"}]}
-    assert machine.merged(late, before)["rows"] == before["rows"]
+    kept = machine.merged(late, before)["rows"]
+    assert [one | row for one, row in zip(before["rows"], kept, strict=True)] == kept
     assert machine.merged(now, before | {"versions": {"torch": "8"}}) == now
 
 

@@ -78,7 +78,10 @@ def path_of(record: dict[str, Any], folder: Path) -> Path:
 
 
 def merged(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """A record with the rows of an earlier one that it has not made again, if they come from the same versions."""
+    """A record with the rows of an earlier one that it has not made again, if they come from the same versions.
+
+    Those name their own date and commit.
+    """
     if any(record[key] != before.get(key) for key in ("versions", "device", "quick", "dtype")):
         return record
 
@@ -88,7 +91,8 @@ def merged(record: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
         return (one["side"], one["mode"]) == (other["side"], other["mode"]) and len(passes) < 2
 
     new = [row for row in record["rows"] if row["status"] != "left out"]
-    kept = [row for row in before["rows"] if not any(same(row, one) for one in new)]
+    made = {"date": before["date"], "commit": before.get("commit")}
+    kept = [made | row for row in before["rows"] if not any(same(row, one) for one in new)]
     left = [row for row in record["rows"] if row["status"] == "left out" and not any(same(row, one) for one in kept)]
     commands = [*before["commands"], *record["commands"]] if kept else record["commands"]
     return record | {"rows": kept + new + left, "commands": list(dict.fromkeys(commands))}

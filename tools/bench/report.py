@@ -246,10 +246,13 @@ def machines(records: list[Row]) -> list[str]:
     for record in records:
         device = ", ".join(f"{key} {value}" for key, value in record["device"].items() if key != "name")
         known = ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))
-        said = f"- {record['device']['name']}, {device}; {known}; {record['date'][:10]}"
-        name, *changes = (record.get("commit") or "unknown").split(" ", 1)
-        said += f"; commit {' '.join([name[:12], *changes])}"
-        found.setdefault(said, []).extend([record["rates"]] if record.get("rates") else [])
+        # Rows that were kept from an earlier run name their own.
+        for made in (record, *(row for row in record["rows"] if "commit" in row)):
+            said = f"- {record['device']['name']}, {device}; {known}; {made['date'][:10]}"
+            name, *changes = (made.get("commit") or "unknown").split(" ", 1)
+            said += f"; commit {' '.join([name[:12], *changes])}"
+            rates = [record["rates"]] if made is record and record.get("rates") else []
+            found.setdefault(said, []).extend(rates)
     return [f"{said}{_span(rates)}." for said, rates in found.items()]
 
 

@@ -117,6 +117,11 @@ def _takes_triton(op: Op, impl: str, tensors: tuple) -> bool:
     return _insist("impl='triton'", op, tensors)
 
 
+def takes_kernel(name: str, *tensors: Any) -> bool:
+    """Whether impl="auto" takes the kernel of the op `name` for these arguments: to ask before another way."""
+    return _takes_triton(OPS[name], "auto", tensors)
+
+
 def _left(op: Op, tensors: tuple) -> str | None:
     """The first reason why "auto" leaves tensors on a GPU to the reference, or None."""
     if not HAS_TRITON:

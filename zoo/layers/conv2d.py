@@ -12,7 +12,7 @@ _HALF = (torch.bfloat16, torch.float16)
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """F.conv2d of maps x (B, C, H, W) with weight (C, 1, kh, kw), one kernel a channel, and bias (C,).
 
-    Channels-last maps on a GPU go to `zoo.kernels.depthwise_conv2d`, which says where it is faster.
+    Maps on a GPU go to `zoo.kernels.depthwise_conv2d` where that is faster.
     """
     if torch.jit.is_scripting():
         return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
@@ -23,9 +23,11 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> T
 @torch.jit.unused
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     dtype = _dtype(x, weight)
-    if dtype is None or x.dim() != 4:
-        return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
-    return kernels.depthwise_conv2d(x.to(dtype), weight, bias, 1, padding)
+    if dtype is not None and x.dim() == 4:
+        x = x.to(dtype)
+        if kernels.takes_kernel("depthwise_conv2d", x, weight, bias, 1, padding):
+            return kernels.depthwise_conv2d(x, weight, bias, 1, padding)
+    return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
 
 
 def _dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
@@ -40,9 +42,10 @@ def _dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
 class Conv2d(nn.Conv2d):
     """nn.Conv2d, with its arguments and answers: maps (B, in_channels, H, W) -> (B, out_channels, H', W').
 
-    One kernel a channel goes to `depthwise`. A dense convolution in half precision inside torch.compile, whose channels
-    are no multiple of eight (the 3 of images, the 28 of SHViT-S4), gets more of them that stay zero: cuDNN would copy
-    whole maps to add those, and the compiler writes them along with what comes before.
+    One kernel a channel goes to `depthwise`. Dense ones in half precision inside torch.compile, whose channels are no
+    multiple of eight, go where cuDNN would first copy whole maps to fill them up: channels that stay zero (28 in
+    SHViT-S4 become 32) are written along with what comes before, and small windows of images (27 numbers) are written
+    out as the rows of one matrix product.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ def depthwise_conv2d(
 ) -> Tensor:
     """torch's conv2d with one kernel a channel: y_cij = b_c + sum_uv w_cuv x_c(i*stride+u-padding)(j*stride+v-padding).
 
-    "auto" takes the kernel for channels-last maps of 32 channels and more in bfloat16 and float16, stride 1 and kernels
-    of 9 to 17, for which cuDNN is slow, and else cuDNN by torch. Called for by name, the kernel takes all sides up to
-    17, and leaves the gradient of weights up to 7 x 7 in 16 bit to cuDNN. Its own sums are float32 in a fixed order.
+    "auto" takes the kernel for channels-last maps of 32 channels and more in bfloat16 and float16, stride 1, sides of 9
+    to 17 (inside torch.compile of 3 to 17), and else cuDNN by torch. Called for by name, the kernel takes all sides up
+    to 17. It leaves the gradient of weights up to 7 x 7 in 16 bit to cuDNN. Its own sums are float32 in a fixed order.
 
     Floor: x is read once and y written once, 4 * B * C * H * W bytes in bf16 over the memory bandwidth; backward reads
     x and the gradient of y and writes one more, 6 * B * C * H * W.
