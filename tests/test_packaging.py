@@ -148,13 +148,13 @@ def test_command_without_its_extra_says_which(tmp_path, line, extra):
 
 
 def test_import_is_light(tmp_path):
-    # Contract: less than 2 s over `import timm`. The best of three, since other tests share the cores.
+    # Contract: less than 2 s over `import timm`, in one of three tries, since other tests share the cores.
     source = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import timm; t = time.perf_counter(); import zoo; "
         "print(time.perf_counter() - t)"
     )
-    seconds = [float(python(sys.executable, "-c", source, cwd=tmp_path).stdout) for _ in range(3)]
-    assert min(seconds) < 2, seconds
+    tries = (float(python(sys.executable, "-c", source, cwd=tmp_path).stdout) for _ in range(3))
+    assert any(seconds < 2 for seconds in tries)
 
 
 def test_heavy_rooms_load_on_first_use(tmp_path):
