@@ -1,12 +1,14 @@
 """depthwise_conv2d against loops over outputs and taps in float64, forward and every gradient."""
 
+import hashlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zoo.kernels import depthwise_conv2d, dispatch, explain, takes_kernel
+from zoo.kernels import depthwise_conv2d, dispatch, explain
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a real GPU: the interpreter takes minutes for it")
@@ -111,7 +113,7 @@ def test_auto_takes_the_kernel_where_cudnn_is_slow_and_says_why_not_elsewhere(mo
     for compiling, taken, refused in ((False, (9, 11, 17), 7), (True, (3, 5, 17), 1)):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
         for kernel in taken:
-            assert takes_kernel("depthwise_conv2d", *fakes(kernel=kernel))
+            assert dispatch.kernel_for("depthwise_conv2d", *fakes(kernel=kernel)) is entry.triton
         for left, why in (
             (fakes(dtype=torch.float32), "left to float32"),
             (fakes(layout=torch.contiguous_format), "not channels-last"),
@@ -120,10 +122,29 @@ def test_auto_takes_the_kernel_where_cudnn_is_slow_and_says_why_not_elsewhere(mo
         ):
             assert explain("depthwise_conv2d", *left).startswith("reference: ")
             assert why in explain("depthwise_conv2d", *left)
-            assert not takes_kernel("depthwise_conv2d", *left)
+            assert dispatch.kernel_for("depthwise_conv2d", *left) is None
             assert dispatch._takes_triton(entry, "triton", left)  # it can, and says nothing
         assert explain("depthwise_conv2d", *fakes()) == "triton"
         assert explain("depthwise_conv2d", *fakes(stride=2)) == "reference: stride=2, and the kernel takes 1"
+
+
+def test_a_graph_names_the_code_that_it_takes(monkeypatch):
+    """Else torch's cache on disk would answer with kernels of another release."""
+    from zoo.kernels.depthwise_conv2d import api
+
+    folder, graphs = Path(api.__file__).parent, []
+    code = hashlib.sha256((folder / "triton_impl.py").read_bytes() + (folder / "triton_kernels.py").read_bytes())
+
+    def caught(graph, inputs):
+        graphs.append(graph)
+        raise NotImplementedError("nothing is run without a GPU")
+
+    monkeypatch.setattr(dispatch, "_takes_triton", lambda *_: True)
+    x, weight, bias = drawn((1, 3, 5, 4), (3, 3), torch.float32)
+    with pytest.raises(Exception, match="nothing is run without a GPU"):
+        torch.compile(lambda x: depthwise_conv2d(x, weight, bias, 1, 1), backend=caught, fullgraph=True)(x)
+    (call,) = [node for node in graphs[0].graph.nodes if "depthwise_conv2d" in str(node.target)]
+    assert call.args[-1] == code.hexdigest()[:16]
 
 
 def test_what_rules_the_kernel_out_is_told(monkeypatch):
@@ -275,6 +296,6 @@ def test_triton_gives_equal_bits_every_time(triton, triton_device):
 def test_triton_passes_the_checks_of_torch_for_registered_ops(triton, triton_device):
     """Fake tensors, autograd registration and AOT dispatch agree with what the kernels do."""
     x, weight, bias = (t.to(triton_device).requires_grad_() for t in drawn((2, 5, 6, 4), (3, 5), torch.float32))
-    torch.library.opcheck(torch.ops.zoo.depthwise_conv2d.default, (x, weight, bias, 1, 2, False))
+    torch.library.opcheck(torch.ops.zoo.depthwise_conv2d.default, (x, weight, bias, 1, 2, False, "code"))
     grad = torch.randn(2, 5, 6, 4).to(triton_device).requires_grad_()
     torch.library.opcheck(torch.ops.zoo.depthwise_conv2d_weights.default, (grad, x, weight, 1, 2))

@@ -141,6 +141,25 @@ def test_an_exported_graph_holds_no_kernel(by, cuda_tensor, monkeypatch):
         dispatch.dispatch(toy(), "triton", cuda_tensor)
 
 
+def test_derivatives_that_kernels_do_not_answer_take_the_reference(cuda_tensor):
+    """A registered op drops the tangent of forward mode, and torch.func cannot look into its backward."""
+    asked = []
+
+    def inside(x):
+        asked.append(dispatch.dispatch(toy(), "auto", cuda_tensor))
+        with pytest.raises(RuntimeError, match=r"impl='triton' was asked for, but in toy (forward-mode|torch\.func)"):
+            dispatch.dispatch(toy(), "triton", cuda_tensor)
+        return x.sum()
+
+    torch.func.grad(inside)(torch.ones(2))
+    torch.func.vmap(inside)(torch.ones(2, 2))
+    torch.func.jvp(inside, (torch.ones(2),), (torch.ones(2),))
+    with torch.autograd.forward_ad.dual_level():
+        inside(torch.ones(2))
+    assert asked == ["reference"] * 4
+    assert dispatch.dispatch(toy(), "auto", cuda_tensor) == "triton"
+
+
 def test_the_environment_stands_in_for_auto(cuda_tensor, monkeypatch):
     monkeypatch.setattr(dispatch, "DEFAULT", "reference")
     assert dispatch.dispatch(toy(), "auto", cuda_tensor) == "reference"

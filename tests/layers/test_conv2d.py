@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from zoo import kernels
 from zoo.kernels import dispatch
 from zoo.layers import conv2d
 from zoo.layers.conv2d import Conv2d
@@ -65,24 +67,64 @@ def test_answers_as_torch_does(before, after, kernel, options):
 def test_what_a_gpu_would_take_answers_as_torch_does(before, after, kernel, options, monkeypatch):
     """Every way, with the dtype that decides as if x were on a GPU."""
     taken = []
-    monkeypatch.setattr(conv2d, "_dtype", lambda x, weight: x.dtype)
+    monkeypatch.setattr(conv2d, "_dtype", lambda x, weight: x.dtype if x.dim() == 4 else None)
     monkeypatch.setattr(conv2d, "_HALF", (torch.float32,))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     for way in ("_in_eights", "_of_few"):
         own = getattr(Conv2d, way)
         monkeypatch.setattr(Conv2d, way, lambda *given, own=own, way=way: taken.append(way) or own(*given))
-    monkeypatch.setattr(conv2d.kernels, "takes_kernel", lambda *_: True)
-    own = conv2d.kernels.depthwise_conv2d
-    monkeypatch.setattr(conv2d.kernels, "depthwise_conv2d", lambda *given: taken.append("depthwise") or own(*given))
+
+    def taking(name, *_):
+        taken.append(name)
+        return getattr(kernels, name)
+
+    monkeypatch.setattr(conv2d, "kernel_for", taking)
     ours, theirs = pair(before, after, kernel, options)
     compare(ours, theirs, torch.randn(2, before, 8, 9), NEAR)
     alone = options.get("groups", 1) == before == after > 1 and set(options) <= {"padding", "groups", "bias"}
-    expected = "depthwise" if alone and options["padding"] in (1, 2) else None
+    expected = "depthwise_conv2d" if alone and options["padding"] in (1, 2) else None
     if "groups" not in options:
         expected = "_of_few" if before < 8 else "_in_eights"
     assert taken == ([expected] if expected else [])
+    taken.clear()
     ours(torch.randn(before, 8, 9))
-    assert len(taken) <= 1  # maps without a batch are torch's
+    assert not taken  # maps without a batch are torch's
+
+
+@convs
+def test_what_is_exported_on_a_gpu_is_torchs_convolution(before, after, kernel, options):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        kind = nn.Conv2d, Conv2d
+        made = [one(before, after, kernel, **options, device="cuda", dtype=torch.bfloat16) for one in kind]
+        x = torch.empty(2, before, 8, 9, device="cuda", dtype=torch.bfloat16)
+        graphs = [torch.export.export(conv, (x,)).graph for conv in made]
+    ours, theirs = ([node.target for node in graph.nodes if node.op == "call_function"] for graph in graphs)
+    assert ours == theirs
+
+
+def test_a_parametrization_is_asked_once():
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            Counted.calls += 1
+            return weight
+
+    conv = nn.utils.parametrize.register_parametrization(Conv2d(4, 4, 3, groups=4), "weight", Counted())
+    before = Counted.calls
+    conv(torch.randn(1, 4, 5, 5))
+    assert Counted.calls == before + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.complex64, torch.float64])
+def test_dtypes_are_left_to_torch_that_autocast_does_not_cast(dtype, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    with FakeTensorMode():
+        x, weight = torch.empty(1, 4, 5, 5, device="cuda"), torch.empty(4, 4, 3, 3, device="cuda")
+        assert conv2d._dtype(x, weight) == torch.bfloat16
+        assert conv2d._dtype(x.to(dtype), weight) is None
+        assert conv2d._dtype(x, weight.to(dtype)) is None
 
 
 def test_channels_are_filled_up_to_eights(monkeypatch):
@@ -92,7 +134,7 @@ def test_channels_are_filled_up_to_eights(monkeypatch):
     monkeypatch.setattr(
         conv, "_conv_forward", lambda x, weight, bias: seen.append((x, weight, bias)) or own(x, weight, bias)
     )
-    assert conv._in_eights(torch.randn(2, 3, 8, 9)).shape == (2, 28, 4, 5)
+    assert conv._in_eights(torch.randn(2, 3, 8, 9), conv.weight, conv.bias).shape == (2, 28, 4, 5)
     ((x, weight, bias),) = seen
     assert (x.shape[1], weight.shape, bias.shape) == (8, (32, 8, 3, 3), (32,))
     assert conv.weight.shape == (28, 3, 3, 3)

@@ -69,6 +69,12 @@ def test_a_mechanism_is_timed_in_training_beside_softmax(name):
     assert rows[0]["check"]["error"] < rows[0]["check"]["tolerance"]
 
 
+def test_what_an_op_is_compared_with_is_replayed_too():
+    (case,) = [case for case in CASES.values() if case.name == "depthwise_conv2d_c64_56_k5"]
+    sides = run.function_sides(case, ("eager", "graph"))
+    assert sides == [(side, mode) for mode in ("eager", "graph") for side in ("ours", "reference")]
+
+
 def test_the_table_of_mechanisms_names_what_is_slower_than_its_cost():
     def row(side, ms):
         timing = {"median_ms": ms, "low_ms": ms, "high_ms": ms}

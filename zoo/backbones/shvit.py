@@ -95,7 +95,8 @@ class Stem(nn.Sequential):
     def fuse(self) -> nn.Module:
         """Without norms, and between convolutions with channels that stay zero up to a multiple of eight, in place.
 
-        A GPU's convolutions copy maps in half precision whose channels (28 in S4) are no such multiple.
+        A GPU's convolutions copy maps in half precision whose channels (28 in S4) are no such multiple. `Conv2d` fills
+        them up too, but in torch.compile alone, and not in what is exported.
         """
         fuse_children(self)
         convs = [layer for layer in self if isinstance(layer, nn.Conv2d)]

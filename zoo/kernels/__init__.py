@@ -5,7 +5,7 @@
 
 from zoo.kernels.context_broadcast.api import context_broadcast
 from zoo.kernels.depthwise_conv2d.api import depthwise_conv2d
-from zoo.kernels.dispatch import explain, takes_kernel
+from zoo.kernels.dispatch import explain
 from zoo.kernels.focused_linear_attention.api import focused_linear_attention
 from zoo.kernels.halo_attention.api import halo_attention
 from zoo.kernels.lambda_attention.api import lambda_attention
@@ -17,5 +17,4 @@ __all__ = [
     "focused_linear_attention",
     "halo_attention",
     "lambda_attention",
-    "takes_kernel",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from zoo.kernels.precision import without_autocast
 
@@ -117,9 +118,18 @@ def _takes_triton(op: Op, impl: str, tensors: tuple) -> bool:
     return _insist("impl='triton'", op, tensors)
 
 
-def takes_kernel(name: str, *tensors: Any) -> bool:
-    """Whether impl="auto" takes the kernel of the op `name` for these arguments: to ask before another way."""
-    return _takes_triton(OPS[name], "auto", tensors)
+def kernel_for(name: str, *tensors: Any) -> Callable[..., Tensor] | None:
+    """The kernel of an op if impl="auto" takes it for these arguments, else None: for who has a reference of their own.
+
+    Args:
+        name: of an op, as in zoo.kernels.<name>.
+        tensors: its arguments, which the kernel then takes too.
+
+    Raises:
+        RuntimeError: ZOO_KERNELS is triton and something rules the kernel out.
+    """
+    op = OPS[name]
+    return op.triton if _takes_triton(op, "auto", tensors) else None
 
 
 def _left(op: Op, tensors: tuple) -> str | None:
@@ -128,7 +138,7 @@ def _left(op: Op, tensors: tuple) -> str | None:
         return "triton is not installed (pip install triton)"
     if torch.compiler.is_compiling() and not op.auto_in_compile:
         return "torch.compile fuses the reference into its neighbours"
-    return op.unsupported(*tensors) or op.slower(*tensors)
+    return _unanswered() or op.unsupported(*tensors) or op.slower(*tensors)
 
 
 def explain(name: str, *tensors: Any) -> str:
@@ -155,8 +165,8 @@ def _insist(who: str, op: Op, tensors: tuple) -> bool:
     if not HAS_TRITON:
         reason: str | None = "triton is not installed (pip install triton)"
     elif not _elsewhere(tensors[0]):
-        reason = op.unsupported(*tensors)
-    elif _exported(tensors[0]):
+        reason = _unanswered() or op.unsupported(*tensors)
+    elif exported(tensors[0]):
         reason = "the graph is being exported, and a kernel has no place in it"
     else:
         reason = f"the tensor is on {tensors[0].device}, and Triton kernels need CUDA"
@@ -165,11 +175,23 @@ def _insist(who: str, op: Op, tensors: tuple) -> bool:
     return True
 
 
+def _unanswered() -> str | None:
+    """Why a registered op would answer wrongly, or not at all, whatever its tensors; or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are taken, which a kernel would drop"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms the call, which a kernel does not know how to"
+    return None
+
+
 def _elsewhere(x: Any) -> bool:
     """Whether this call is none for a kernel, whatever its shapes: a graph for other machines, or no GPU."""
-    return _exported(x) or not x.is_cuda
+    return exported(x) or not x.is_cuda
 
 
-def _exported(x: Any) -> bool:
+def exported(x: Any) -> bool:
+    """Whether a graph is made of x for elsewhere: by torch.export, torch.jit.trace or torch.fx."""
     # The flag behind is_exporting(), which in torch 2.11 answers True in all of torch.compile.
     return isinstance(x, torch.fx.Proxy) or torch.compiler._is_exporting_flag or torch.jit.is_tracing()

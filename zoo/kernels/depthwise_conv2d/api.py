@@ -1,5 +1,8 @@
 """The public op, and its registration with torch."""
 
+import hashlib
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -9,9 +12,14 @@ from zoo.kernels.dispatch import Op, dispatch, register
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST = 17
+# torch keeps compiled graphs on disk by what goes into them, of an op its name and arguments: this argument names the
+# code that the graph takes in its place (_inlined), so that other code never finds a graph of this one.
+_CODE = hashlib.sha256(
+    b"".join(Path(__file__).with_name(name).read_bytes() for name in ("triton_impl.py", "triton_kernels.py"))
+).hexdigest()[:16]
 # From which side on "auto" takes the kernel, by the op's records of the bench: cuDNN takes 30 times as long for 9 x 9.
-# Below, the kernel is faster too, but an op of ours costs the host more than it saves, unless torch.compile writes it
-# into its graph.
+# Below, the kernel is faster from 5 x 5 on, for 3 x 3 with the gradient and level without; but an op of ours costs the
+# host more than it saves, unless torch.compile writes it into its graph.
 _LEAST, _LEAST_COMPILED = 9, 3
 
 
@@ -92,7 +100,7 @@ def check_sizes(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pad
 
 
 def _triton(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
-    return torch.ops.zoo.depthwise_conv2d(x, weight, bias, padding, padding, False)
+    return torch.ops.zoo.depthwise_conv2d(x, weight, bias, padding, padding, False, _CODE)
 
 
 def _unsupported(
@@ -128,14 +136,14 @@ def _slower(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int =
 
 
 @torch.library.custom_op("zoo::depthwise_conv2d", mutates_args=(), device_types="cuda")
-def _op(x: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: int, flipped: bool) -> Tensor:
+def _op(x: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: int, flipped: bool, code: str) -> Tensor:
     from zoo.kernels.depthwise_conv2d import triton_impl
 
     return triton_impl.forward(x, weight, bias, pad_h, pad_w, flipped)
 
 
 @_op.register_fake
-def _fake(x, weight, bias, pad_h, pad_w, flipped):
+def _fake(x, weight, bias, pad_h, pad_w, flipped, code):
     batch, channels, height, width = x.shape
     size = (height + 2 * pad_h - weight.shape[2] + 1, width + 2 * pad_w - weight.shape[3] + 1)
     return x.new_empty(batch, *size, channels).permute(0, 3, 1, 2)
@@ -156,11 +164,11 @@ def _fake_weights(grad, x, weight, pad_h, pad_w):
 def _transposed(grad: Tensor, weight: Tensor, pad_h: int, pad_w: int, flipped: bool) -> Tensor:
     """What the gradient of a convolution's output is to its input: convolved with the kernels turned around."""
     pad_h, pad_w = weight.shape[2] - 1 - pad_h, weight.shape[3] - 1 - pad_w
-    return torch.ops.zoo.depthwise_conv2d(grad, weight, None, pad_h, pad_w, not flipped)
+    return torch.ops.zoo.depthwise_conv2d(grad, weight, None, pad_h, pad_w, not flipped, _CODE)
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, bias, *ctx.sizes = inputs
+    x, weight, bias, *ctx.sizes, _ = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias = None if bias is None else bias.dtype
 
@@ -175,7 +183,7 @@ def _backward(ctx, grad: Tensor):
         grad_weight = grad_weight.flip(2, 3) if flipped else grad_weight
     if ctx.needs_input_grad[2]:
         grad_bias = grad.sum(dim=(0, 2, 3), dtype=torch.float32).to(ctx.bias)
-    return grad_x, grad_weight, grad_bias, None, None, None
+    return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 def _setup_weights(ctx, inputs, output) -> None:
@@ -186,7 +194,7 @@ def _setup_weights(ctx, inputs, output) -> None:
 def _backward_weights(ctx, grad_weight: Tensor):
     # The gradient of weights is a product of the output's gradient and x, so a second derivative has both again.
     (grad, x), (pad_h, pad_w) = ctx.saved_tensors, ctx.sizes
-    of_grad = torch.ops.zoo.depthwise_conv2d(x, grad_weight, None, pad_h, pad_w, False)
+    of_grad = torch.ops.zoo.depthwise_conv2d(x, grad_weight, None, pad_h, pad_w, False, _CODE)
     return of_grad, _transposed(grad, grad_weight, pad_h, pad_w, False), None, None, None
 
 
@@ -194,10 +202,11 @@ _op.register_autograd(_backward, setup_context=_setup)
 _op_weights.register_autograd(_backward_weights, setup_context=_setup_weights)
 
 
-def _inlined(launch: str):
+def _inlined(launch: str, takes: int):
     """What torch.compile traces instead of a registered op: its kernels, which the graph then launches by itself.
 
     An op that the compiler cannot look into costs the host 0.1 ms a call, longer than most of these kernels run.
+    torch.library.triton_op does so too, but wants the kernels, and Triton with them, when zoo is imported.
     """
 
     def decompose(mode, op, types, args, kwargs):
@@ -206,13 +215,13 @@ def _inlined(launch: str):
         from zoo.kernels.depthwise_conv2d import triton_impl
 
         with mode:
-            return getattr(triton_impl, launch)(*args, **kwargs, traced=True)
+            return getattr(triton_impl, launch)(*args[:takes], traced=True)
 
     return decompose
 
 
-_op.register_torch_dispatch(FunctionalTensorMode, _inlined("forward"))
-_op_weights.register_torch_dispatch(FunctionalTensorMode, _inlined("weights_grad"))
+_op.register_torch_dispatch(FunctionalTensorMode, _inlined("forward", 6))
+_op_weights.register_torch_dispatch(FunctionalTensorMode, _inlined("weights_grad", 5))
 
 _ENTRY = register(
     Op("depthwise_conv2d", reference.depthwise_conv2d, _triton, _unsupported, slower=_slower, auto_in_compile=True)

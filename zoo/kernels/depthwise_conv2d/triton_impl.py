@@ -23,9 +23,15 @@ def _strides(x: Tensor) -> tuple[int, int, int, int]:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pad_h: int, pad_w: int, flipped: bool, traced: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pad_h: int,
+    pad_w: int,
+    flipped: bool,
+    traced: bool = False,
 ) -> Tensor:
-    """(B, C, H', W') channels-last; `flipped` turns the kernels by 180 degrees; any strides; `traced`: into a graph."""
+    """(B, C, H', W') channels-last, of any strides; `flipped` turns kernels by 180 degrees; `traced`: into a graph."""
     batch, channels, height, width = x.shape
     channels = int(channels)
     kh, kw = weight.shape[2:]
