@@ -16,6 +16,8 @@ NEAR = {"atol": 1e-5, "rtol": 1e-5}  # float32, the same sums in another order
 # in, out, kernel and options: a stem, one kernel a channel, and everything that the kernel does not take.
 CONVS = [
     (3, 28, 3, {"stride": 2, "padding": 1, "bias": False}),
+    (3, 20, (3, 4), {"stride": (2, 4), "padding": (1, 2)}),
+    (28, 16, 3, {"stride": 2, "padding": 1}),
     (28, 16, (1, 3), {"padding": "same"}),
     (6, 6, 3, {"padding": 1, "groups": 6}),
     (6, 6, 5, {"padding": 2, "groups": 6, "bias": False}),
@@ -83,8 +85,8 @@ def test_what_a_gpu_would_take_answers_as_torch_does(before, after, kernel, opti
     compare(ours, theirs, torch.randn(2, before, 8, 9), NEAR)
     alone = options.get("groups", 1) == before == after > 1 and set(options) <= {"padding", "groups", "bias"}
     expected = "depthwise_conv2d" if alone and options["padding"] in (1, 2) else None
-    if "groups" not in options:
-        expected = "_of_few" if before < 8 else "_in_eights"
+    if "groups" not in options and options["padding"] != "same":
+        expected = "_of_few" if before == 3 else "_in_eights"
     assert taken == ([expected] if expected else [])
     taken.clear()
     ours(torch.randn(before, 8, 9))

@@ -47,8 +47,8 @@ class Conv2d(nn.Conv2d):
 
     One kernel a channel goes to `depthwise`. Dense ones in half precision inside torch.compile, whose channels are no
     multiple of eight, go where cuDNN would first copy whole maps to fill them up: channels that stay zero (28 in
-    SHViT-S4 become 32) are written along with what comes before, and small windows of images (27 numbers) are written
-    out as the rows of one matrix product. torch.fx traces into it, unlike nn.Conv2d.
+    SHViT-S4 become 32) are written along with what comes before, and small windows of images (27 numbers, stride 2) are
+    written out as the rows of one matrix product. torch.fx traces into it, unlike nn.Conv2d.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -68,8 +68,9 @@ class Conv2d(nn.Conv2d):
         if dtype is not None and self.padding_mode == "zeros":
             if self._one_a_channel():
                 return _depthwise(x, weight, bias, int(self.padding[0]), dtype)
-            uneven = self.groups == 1 and (self.in_channels % 8 or self.out_channels % 8)
-            if uneven and dtype in _HALF and torch.compiler.is_compiling():
+            uneven = self.in_channels % 8 or self.out_channels % 8
+            dense = self.groups == 1 and isinstance(self.padding, tuple)
+            if uneven and dense and dtype in _HALF and torch.compiler.is_compiling():
                 way = self._of_few if self._few() else self._in_eights
                 return way(x.to(dtype), weight, bias)
         return self._conv_forward(x, weight, bias)
@@ -80,10 +81,11 @@ class Conv2d(nn.Conv2d):
         return plain and 1 < self.groups == self.in_channels == self.out_channels
 
     def _few(self) -> bool:
-        """Whether this is a convolution of images, of small windows."""
+        """Whether the windows of these few channels, written out, are no more numbers than eight channels would be."""
+        if self.in_channels >= 8 or self.dilation != (1, 1) or not isinstance(self.stride, tuple):
+            return False
         numbers = self.in_channels * self.kernel_size[0] * self.kernel_size[1]
-        plain = isinstance(self.padding, tuple) and isinstance(self.stride, tuple) and self.dilation == (1, 1)
-        return self.in_channels < 8 and numbers <= 64 and plain
+        return numbers + -numbers % 8 <= 8 * self.stride[0] * self.stride[1]
 
     def _of_few(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         down, right = (int(side) for side in self.padding)
