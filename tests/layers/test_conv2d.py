@@ -154,6 +154,29 @@ def test_scripts_and_traces(before, after, kernel, options):
     torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), theirs(x), **NEAR)
 
 
+def test_a_compiled_graph_holds_the_kernel_and_what_fills_channels_up(monkeypatch):
+    """As far as torch traces without a GPU: in one graph, with the dtype that decides as if there were one."""
+    graphs = []
+
+    def caught(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        raise NotImplementedError("nothing is run without a GPU")
+
+    monkeypatch.setattr(conv2d, "_dtype", lambda x, weight: x.dtype)
+    monkeypatch.setattr(conv2d, "_HALF", (torch.float32,))
+    monkeypatch.setattr(dispatch, "_elsewhere", lambda x: False)
+    monkeypatch.setattr(dispatch, "DEFAULT", "triton")
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    torch._dynamo.reset()
+    for conv in (Conv2d(64, 64, 3, padding=1, groups=64), Conv2d(3, 28, 3, stride=2, padding=1), Conv2d(28, 8, 1)):
+        with pytest.raises(Exception, match="nothing is run without a GPU"):
+            torch.compile(conv, backend=caught, fullgraph=True)(torch.randn(2, conv.in_channels, 8, 9))
+    assert [name for name in graphs[0] if "depthwise_conv2d" in name]
+    assert [name for name in graphs[1] if "linear" in name]
+    assert [name for name in graphs[2] if "conv" in name]
+    assert all([name for name in graph if "pad" in name] for graph in graphs[1:])
+
+
 def test_a_function_for_tokens_scripts():
     x, weight, bias = torch.randn(2, 4, 5, 6), torch.randn(4, 1, 3, 3), torch.randn(4)
     want = F.conv2d(x, weight, bias, padding=1, groups=4)
