@@ -120,7 +120,7 @@ def triton(triton_device, monkeypatch):
         from zoo.kernels.context_broadcast import api, triton_impl
 
         api._op.register_kernel("cpu", triton_impl.forward)
-        monkeypatch.setattr(dispatch, "_elsewhere", lambda x: False)
+        monkeypatch.setattr(dispatch, "elsewhere", lambda x: False)
     return lambda x, scale: kernels.context_broadcast(x, scale, impl="triton")
 
 

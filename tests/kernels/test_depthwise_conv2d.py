@@ -149,7 +149,7 @@ def test_a_graph_names_the_code_that_it_takes(monkeypatch):
 
 def test_what_rules_the_kernel_out_is_told(monkeypatch):
     monkeypatch.setattr(dispatch, "HAS_TRITON", True)
-    monkeypatch.setattr(dispatch, "_elsewhere", lambda x: False)
+    monkeypatch.setattr(dispatch, "elsewhere", lambda x: False)
     x, weight, bias = drawn((1, 3, 20, 20), (3, 3), torch.float32)
     for given, said in (
         ((x.double(), weight, bias), r"x is torch\.float64"),
@@ -180,7 +180,7 @@ def triton(triton_device, monkeypatch):
     if triton_device == "cpu":
         api._op.register_kernel("cpu", triton_impl.forward)
         api._op_weights.register_kernel("cpu", triton_impl.weights_grad)
-        monkeypatch.setattr(dispatch, "_elsewhere", lambda x: False)
+        monkeypatch.setattr(dispatch, "elsewhere", lambda x: False)
     return lambda *given: depthwise_conv2d(*given, impl="triton")
 
 

@@ -115,7 +115,7 @@ def test_auto_takes_the_kernel_on_a_gpu_in_eager_and_compiled_networks(monkeypat
 
 def test_what_rules_the_kernel_out_is_told(monkeypatch):
     monkeypatch.setattr(dispatch, "HAS_TRITON", True)
-    monkeypatch.setattr(dispatch, "_elsewhere", lambda x: False)
+    monkeypatch.setattr(dispatch, "elsewhere", lambda x: False)
     inputs = [t.detach().float() for t in tensors(1, 4, 6)]
     with pytest.raises(RuntimeError, match="key mask"):
         focused_linear_attention(*inputs, 2, 3, torch.ones(1, 4, dtype=torch.bool), impl="triton")
@@ -153,7 +153,7 @@ def triton(triton_device, monkeypatch):
 
         api._op.register_kernel("cpu", triton_impl.forward)
         api._op_backward.register_kernel("cpu", triton_impl.backward)
-        monkeypatch.setattr(dispatch, "_elsewhere", lambda x: False)
+        monkeypatch.setattr(dispatch, "elsewhere", lambda x: False)
         for name, value in {"RUN": 32, "TILE": 64}.items():
             monkeypatch.setattr(triton_impl, name, value)
     return lambda *given: focused_linear_attention(*given, impl="triton")

@@ -158,7 +158,7 @@ def triton(triton_device, monkeypatch):
 
         api._op.register_kernel("cpu", triton_impl.forward)
         api._op_backward.register_kernel("cpu", triton_impl.backward)
-        monkeypatch.setattr(dispatch, "_elsewhere", lambda x: False)
+        monkeypatch.setattr(dispatch, "elsewhere", lambda x: False)
         for name, value in {"ROWS": 32, "COLUMNS": 32, "STEP": 32}.items():
             monkeypatch.setattr(triton_impl, name, value)
         triton_impl.cuts.cache_clear()

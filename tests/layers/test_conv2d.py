@@ -164,7 +164,7 @@ def test_a_compiled_graph_holds_the_kernel_and_what_fills_channels_up(monkeypatc
 
     monkeypatch.setattr(conv2d, "_dtype", lambda x, weight: x.dtype)
     monkeypatch.setattr(conv2d, "_HALF", (torch.float32,))
-    monkeypatch.setattr(dispatch, "_elsewhere", lambda x: False)
+    monkeypatch.setattr(dispatch, "elsewhere", lambda x: False)
     monkeypatch.setattr(dispatch, "DEFAULT", "triton")
     monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     torch._dynamo.reset()

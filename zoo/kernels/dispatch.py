@@ -108,7 +108,7 @@ def _takes_triton(op: Op, impl: str, tensors: tuple) -> bool:
     if impl == "reference":
         return False
     if impl == "auto":
-        if DEFAULT == "reference" or _elsewhere(x):
+        if DEFAULT == "reference" or elsewhere(x):
             return False
         if DEFAULT == "triton":
             return _insist("ZOO_KERNELS=triton", op, tensors)
@@ -155,7 +155,7 @@ def explain(name: str, *tensors: Any) -> str:
         raise ValueError(f"there is no kernel op {name!r}; valid: {', '.join(OPS)}")
     if DEFAULT != "auto":
         return f"{DEFAULT}: ZOO_KERNELS={DEFAULT}"
-    if _elsewhere(tensors[0]):
+    if elsewhere(tensors[0]):
         return f"reference: the tensor is on {tensors[0].device}, or a graph is made of it for elsewhere"
     reason = _left(OPS[name], tensors)
     return "triton" if reason is None else f"reference: {reason}"
@@ -164,9 +164,9 @@ def explain(name: str, *tensors: Any) -> str:
 def _insist(who: str, op: Op, tensors: tuple) -> bool:
     if not HAS_TRITON:
         reason: str | None = "triton is not installed (pip install triton)"
-    elif not _elsewhere(tensors[0]):
+    elif not elsewhere(tensors[0]):
         reason = _unanswered() or op.unsupported(*tensors)
-    elif exported(tensors[0]):
+    elif _exported(tensors[0]):
         reason = "the graph is being exported, and a kernel has no place in it"
     else:
         reason = f"the tensor is on {tensors[0].device}, and Triton kernels need CUDA"
@@ -186,12 +186,12 @@ def _unanswered() -> str | None:
     return None
 
 
-def _elsewhere(x: Any) -> bool:
+def elsewhere(x: Any) -> bool:
     """Whether this call is none for a kernel, whatever its shapes: a graph for other machines, or no GPU."""
-    return exported(x) or not x.is_cuda
+    return _exported(x) or not x.is_cuda
 
 
-def exported(x: Any) -> bool:
+def _exported(x: Any) -> bool:
     """Whether a graph is made of x for elsewhere: by torch.export, torch.jit.trace or torch.fx."""
     # The flag behind is_exporting(), which in torch 2.11 answers True in all of torch.compile.
     return isinstance(x, torch.fx.Proxy) or torch.compiler._is_exporting_flag or torch.jit.is_tracing()

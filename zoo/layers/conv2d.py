@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.kernels.dispatch import exported, kernel_for
+from zoo.kernels.dispatch import elsewhere, kernel_for
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -33,7 +33,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, dty
 @torch.jit.unused
 def _dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
     """In which torch convolves maps on a GPU; None where it is left to torch: elsewhere, exported, or float64."""
-    if exported(x) or not x.is_cuda or x.dim() != 4:
+    if elsewhere(x) or x.dim() != 4:
         return None
     if not (x.is_floating_point() and weight.is_floating_point()) or torch.float64 in (x.dtype, weight.dtype):
         return None

@@ -33,7 +33,7 @@ def forward(
 ) -> Tensor:
     """(B, C, H', W') channels-last, of any strides; `flipped` turns kernels by 180 degrees; `traced`: into a graph."""
     batch, channels, height, width = x.shape
-    channels = int(channels)
+    channels = int(channels)  # torch.compile may hold it open, and blocks depend on it
     kh, kw = weight.shape[2:]
     out_height, out_width = height + 2 * pad_h - kh + 1, width + 2 * pad_w - kw + 1
     out = x.new_empty(batch, out_height, out_width, channels)
@@ -70,7 +70,7 @@ def forward(
 def weights_grad(grad: Tensor, x: Tensor, weight: Tensor, pad_h: int, pad_w: int, traced: bool = False) -> Tensor:
     """The gradient of `weight`, of which shape and dtype count, for that of the output; any strides."""
     batch, channels, height, width = x.shape
-    channels = int(channels)
+    channels = int(channels)  # torch.compile may hold it open, and blocks depend on it
     out_height, out_width, (kh, kw) = grad.shape[2], grad.shape[3], weight.shape[2:]
     if grad.numel() == 0:
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
