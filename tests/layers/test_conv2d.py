@@ -72,9 +72,16 @@ def test_what_a_gpu_would_take_answers_as_torch_does(before, after, kernel, opti
     monkeypatch.setattr(conv2d, "_dtype", lambda x, weight: x.dtype if x.dim() == 4 else None)
     monkeypatch.setattr(conv2d, "_HALF", (torch.float32,))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    for way in ("_in_eights", "_of_few"):
-        own = getattr(Conv2d, way)
-        monkeypatch.setattr(Conv2d, way, lambda *given, own=own, way=way: taken.append(way) or own(*given))
+    filled, written_out = Conv2d._in_eights, Conv2d._of_few
+
+    def filling(*given):
+        out = filled(*given)
+        if out is not None and "windows" not in taken:
+            taken.append("channels")
+        return out
+
+    monkeypatch.setattr(Conv2d, "_in_eights", filling)
+    monkeypatch.setattr(Conv2d, "_of_few", lambda *given: taken.append("windows") or written_out(*given))
 
     def taking(name, *_):
         taken.append(name)
@@ -86,7 +93,7 @@ def test_what_a_gpu_would_take_answers_as_torch_does(before, after, kernel, opti
     alone = options.get("groups", 1) == before == after > 1 and set(options) <= {"padding", "groups", "bias"}
     expected = "depthwise_conv2d" if alone and options["padding"] in (1, 2) else None
     if "groups" not in options and options["padding"] != "same":
-        expected = "_of_few" if before == 3 else "_in_eights"
+        expected = "windows" if before == 3 else "channels"
     assert taken == ([expected] if expected else [])
     taken.clear()
     ours(torch.randn(before, 8, 9))
@@ -131,15 +138,21 @@ def test_dtypes_are_left_to_torch_that_autocast_does_not_cast(dtype, monkeypatch
 
 def test_channels_are_filled_up_to_eights(monkeypatch):
     seen = []
-    conv = Conv2d(3, 28, 3, stride=2, padding=1)
+    conv = Conv2d(3, 28, 3, padding=1)
     own = conv._conv_forward
     monkeypatch.setattr(
         conv, "_conv_forward", lambda x, weight, bias: seen.append((x, weight, bias)) or own(x, weight, bias)
     )
-    assert conv._in_eights(torch.randn(2, 3, 8, 9), conv.weight, conv.bias).shape == (2, 28, 4, 5)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with torch.no_grad():
+        x = torch.randn(2, 3, 8, 9).bfloat16()
+        filled = conv.bfloat16()._in_eights(x, conv.weight, conv.bias, torch.bfloat16)
     ((x, weight, bias),) = seen
     assert (x.shape[1], weight.shape, bias.shape) == (8, (32, 8, 3, 3), (32,))
     assert conv.weight.shape == (28, 3, 3, 3)
+    assert filled.shape == (2, 32, 8, 9)
+    assert not filled[:, 28:].any()
+    assert conv2d.cut(filled, 28).shape == (2, 28, 8, 9)
 
 
 @convs

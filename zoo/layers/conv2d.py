@@ -61,23 +61,38 @@ class Conv2d(nn.Conv2d):
         else:
             return self._fastest(x, self.weight, self.bias)
 
+    def filled(self, x: Tensor) -> Tensor | None:
+        """What `forward` answers with channels of zeros after its own, up to a multiple of eight: for who comes next.
+
+        Returns:
+            (B, out_channels and those of zeros, H', W'), or None where `forward` would not fill channels up either.
+        """
+        return self._in_eights(x, self.weight, self.bias, _dtype(x, self.weight))
+
     # Weights are handed down: a parametrization computes them, or changes its state, at every look.
     @torch.jit.unused
     def _fastest(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = _dtype(x, weight)
-        if dtype is not None and self.padding_mode == "zeros":
-            if self._one_a_channel():
-                return _depthwise(x, weight, bias, int(self.padding[0]), dtype)
-            uneven = self.in_channels % 8 or self.out_channels % 8
-            dense = self.groups == 1 and isinstance(self.padding, tuple)
-            if uneven and dense and dtype in _HALF and torch.compiler.is_compiling():
-                way = self._of_few if self._few() else self._in_eights
-                return way(x.to(dtype), weight, bias)
-        return self._conv_forward(x, weight, bias)
+        if dtype is not None and self._one_a_channel():
+            return _depthwise(x, weight, bias, int(self.padding[0]), dtype)
+        filled = self._in_eights(x, weight, bias, dtype)
+        return self._conv_forward(x, weight, bias) if filled is None else cut(filled, self.out_channels)
+
+    @torch.jit.unused
+    def _in_eights(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+        uneven = self.in_channels % 8 or self.out_channels % 8
+        dense = self.groups == 1 and isinstance(self.padding, tuple) and self.padding_mode == "zeros"
+        if not (uneven and dense and dtype in _HALF and torch.compiler.is_compiling()):
+            return None
+        x, bias = x.to(dtype), None if bias is None else fill(bias)
+        if self._few():
+            return self._of_few(x, weight, bias)
+        weight = F.pad(weight, (0, 0, 0, 0, 0, -self.in_channels % 8, 0, -self.out_channels % 8))
+        return self._conv_forward(F.pad(x, (0, 0, 0, 0, 0, -self.in_channels % 8)), weight, bias)
 
     def _one_a_channel(self) -> bool:
         square = isinstance(self.padding, tuple) and self.padding[0] == self.padding[1]
-        plain = square and self.stride == (1, 1) and self.dilation == (1, 1)
+        plain = square and self.padding_mode == "zeros" and self.stride == (1, 1) and self.dilation == (1, 1)
         return plain and 1 < self.groups == self.in_channels == self.out_channels
 
     def _few(self) -> bool:
@@ -92,16 +107,19 @@ class Conv2d(nn.Conv2d):
         (kh, kw), (stride_h, stride_w) = self.kernel_size, self.stride
         windows = F.pad(x, (right, right, down, down)).unfold(2, kh, stride_h).unfold(3, kw, stride_w)
         rows = windows.permute(0, 2, 3, 1, 4, 5).flatten(3)
-        before, after = -rows.shape[3] % 8, -self.out_channels % 8
-        weight = F.pad(weight.flatten(1), (0, before, 0, after))
-        bias = None if bias is None else F.pad(bias, (0, after))
-        out = F.linear(F.pad(rows, (0, before)), weight, bias)
-        return F.pad(out, (0, -after)).permute(0, 3, 1, 2)
+        before = -rows.shape[3] % 8
+        weight = F.pad(weight.flatten(1), (0, before, 0, -self.out_channels % 8))
+        return F.linear(F.pad(rows, (0, before)), weight, bias).permute(0, 3, 1, 2)
 
-    def _in_eights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        before, after = -self.in_channels % 8, -self.out_channels % 8
-        weight = F.pad(weight, (0, 0, 0, 0, 0, before, 0, after))
-        bias = None if bias is None else F.pad(bias, (0, after))
-        out = self._conv_forward(F.pad(x, (0, 0, 0, 0, 0, before)), weight, bias)
-        # Cut by a pad: the gradient of a slice would be a map that is not channels-last, and cuDNN would turn it.
-        return F.pad(out, (0, 0, 0, 0, 0, -after))
+
+def fill(values: Tensor) -> Tensor:
+    """(C,) with zeros after them up to a multiple of eight."""
+    return F.pad(values, (0, -values.shape[0] % 8))
+
+
+def cut(maps: Tensor, channels: int) -> Tensor:
+    """The first channels of maps that are filled up."""
+    if maps.shape[1] == channels:
+        return maps
+    # Cut by a pad: the gradient of a slice would be a map that is not channels-last, and cuDNN would turn it.
+    return F.pad(maps, (0, 0, 0, 0, 0, channels - maps.shape[1]))

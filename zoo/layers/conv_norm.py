@@ -3,14 +3,18 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from zoo.layers.conv2d import Conv2d
+from zoo.layers.conv2d import Conv2d, cut, fill
 
 
 class ConvNorm(nn.Module):
     """Convolution, then BatchNorm: maps (B, in_chans, H, W) -> (B, out_chans, H', W').
+
+    Channels that the convolution fills up to a multiple of eight (see `Conv2d`) are cut after the norm in training:
+    sums over maps of 28 channels take a GPU two to three times as long as over maps of 32.
 
     Args:
         in_chans, out_chans: channels.
@@ -28,12 +32,50 @@ class ConvNorm(nn.Module):
         self.bn = nn.BatchNorm2d(out_chans)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.bn(self.conv(x))
+        else:
+            return self._fastest(x)
+
+    @torch.jit.unused
+    def _fastest(self, x: Tensor) -> Tensor:
+        # Whoever put other layers in their place, or listens at them, is to find what they expect.
+        own = type(self.conv) is Conv2d and type(self.bn) is nn.BatchNorm2d
+        if own and self.bn.num_features % 8 and _over_batches(self.bn) and not _watched(self.conv, self.bn):
+            filled = self.conv.filled(x)
+            if filled is not None:
+                return cut(_filled_norm(self.bn, filled), self.bn.num_features)
         return self.bn(self.conv(x))
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """The convolution that answers the same in evaluation mode."""
         return fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
+
+
+def _watched(*modules: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for module in modules for kind in kinds)
+
+
+def _over_batches(norm: nn.BatchNorm2d) -> bool:
+    """Whether the norm is by the batch's own mean and variance, and its running ones follow with a momentum."""
+    return norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
+def _filled_norm(norm: nn.BatchNorm2d, maps: Tensor) -> Tensor:
+    """What the norm answers in training, and does to its buffers, over maps whose last channels are filled up."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.momentum is not None
+    mean, var = fill(norm.running_mean), fill(norm.running_var)
+    weight, bias = fill(norm.weight), fill(norm.bias)
+    maps = F.batch_norm(maps, mean, var, weight, bias, True, norm.momentum, norm.eps)
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.copy_(mean[: norm.num_features])
+        norm.running_var.copy_(var[: norm.num_features])
+    return maps
 
 
 class ResidualDepthwise(ConvNorm):
