@@ -10,6 +10,7 @@ from PIL import Image
 
 from zoo.data import AnomalyDetection, ImageClassification, Segmentation
 
+from . import anomalies
 from .scenes import CLASSES, put
 
 
@@ -69,3 +70,15 @@ def root(tmp_path) -> Path:
             put(tmp_path / split, number)
     (tmp_path / "classes.txt").write_text(CLASSES)
     return tmp_path
+
+
+@pytest.fixture
+def mvtec(write, tmp_path) -> Path:
+    """20 good images to train on, 3 to test on, 2 with a hole of known place; of a third with a dent no mask."""
+    root = write({"train/good": 20, "test/good": 3, "test/hole": 2, "test/dent": 1}, size=(20, 24))
+    (root / "ground_truth" / "hole").mkdir(parents=True)
+    for number in range(2):
+        mask = np.zeros(anomalies.SIZE, np.uint8)
+        mask[4:10, 5 + number : 13] = 255
+        Image.fromarray(mask).save(root / "ground_truth" / "hole" / f"{number:02d}_mask.png")
+    return root
