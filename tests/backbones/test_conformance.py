@@ -1,162 +1,17 @@
-"""What every `zoo_*` network promises and timm's own tests do not look at.
-
-By default small forms of one ViT of each kind; `-m slow` runs every registered name at its own width, with few layers.
-"""
+"""What every `zoo_*` network promises and timm's own tests do not look at."""
 
 import copy
-import fnmatch
-import inspect
 import io
 import math
 import pickle
 
 import pytest
-import timm
 import torch
 from timm.models import group_parameters
 
-import zoo  # noqa: F401  (registers the networks)
+from .networks import NEAR, create, each, images, shaken, stage_count, traced
 
-QUICK = (
-    "zoo_vit_tiny_patch16_224",
-    "zoo_vit_tiny_cb_patch16_224",
-    "zoo_vit_tiny_cbs_patch16_224",
-    "zoo_shvit_s1",
-    "zoo_uniformer_small_tl",
-    "zoo_uniformer_xxs",
-    "zoo_attention_resnet50",
-    "zoo_halonet_h0",
-    "zoo_lambda_resnet50",
-)
-# Shallow, so that the whole registry fits in minutes; the first pattern that matches counts.
-SHALLOW = {
-    "zoo_vit_*": {"depth": 2},
-    "zoo_shvit_*": {"depths": (1, 1, 1)},
-    "zoo_uniformer_x*": {"depths": (1, 1, 2, 1)},
-    "*": {"depths": (1, 1, 1, 1)},
-}
-NARROW_RESNET = {"stem_dims": (8,), "widths": (8, 8, 16, 16), "expansion": 2.0, "num_heads": (2, 2, 2, 2)}
-NARROW = {
-    "zoo_vit_*": {"patch_size": 8, "embed_dim": 24, "num_heads": 2, "mlp_ratio": 2.0},
-    "zoo_shvit_*": {"embed_dims": (16, 24, 32), "partial_dims": (4, 6, 7)},
-    "zoo_uniformer_*": {"embed_dims": (8, 16, 24, 32), "head_dim": 8},
-    "zoo_attention_*": NARROW_RESNET,
-    "zoo_halonet_*": {**NARROW_RESNET, "mixer_options": {"halo": {"block_size": 4, "halo_size": 2}}},
-    "zoo_lambda_*": {**NARROW_RESNET, "mixer_options": {"lambda": {"kernel_size": 7}}},
-}
-NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in timm.list_models("zoo_*")]
-each = pytest.mark.parametrize("name", NAMES)
-# Tracing takes seconds: by default only the kind with the most operations of its own.
-traced = pytest.mark.parametrize(
-    "name",
-    [name if name == QUICK[2] else pytest.param(name, marks=pytest.mark.slow) for name in timm.list_models("zoo_*")],
-)
 SIZES = [(64, 64), (32, 64), (50, 71), (97, 33)]
-# Two orders of the same float32 sums, over features of size 1 and a few layers.
-NEAR = {"rtol": 1e-4, "atol": 1e-5}
-RATES = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
-# Another value for every argument of every constructor; a dict where the comparison needs more than the one argument.
-OTHER = {
-    "img_size": 96,
-    "patch_size": {"vit": 4, "pyramid": 2},
-    "in_chans": 4,
-    "num_classes": 7,
-    "global_pool": "max",
-    "embed_dim": 48,
-    "embed_dims": {
-        "zoo_shvit_*": (64, 96, 128),
-        "zoo_uniformer_*": (64, 128, 448, 448),
-        "pyramid": (48, 96, 240, 384),
-    },
-    "depth": 3,
-    "depths": {"zoo_shvit_*": (1, 2, 1), "pyramid": (1, 2, 1, 1)},
-    "num_heads": {"zoo_*cswin*": (2, 2, 2, 2), "vit": 4, "pyramid": (1, 1, 1, 1)},
-    "mlp_ratio": 2.5,
-    "mlp_ratios": (1, 2, 3, 1),
-    "sr_ratios": (4, 4, 2, 1),
-    "window_size": 5,
-    "stripe_widths": (2, 4, 2, None),
-    "qkv_bias": False,
-    "qk_norm": True,
-    "init_values": {"zoo_uniformer_large_ls": (None, None, 0.1, 0.1), "*": 0.1},
-    "head_dim": 4,
-    "conv_stem": {"zoo_uniformer_*plus*": False, "zoo_uniformer_x*": False, "*": True},
-    "conv_down": {"zoo_uniformer_*plus*": False, "*": True},
-    "aux_head": {"*_tl": False, "zoo_uniformer_large_ls": False, "*": True},
-    "stem_dims": (16,),
-    "widths": (16, 32, 48, 64),
-    "expansion": 0.75,
-    "value_ratio": 0.5,
-    "mixers": ("conv", "conv", "conv", "conv"),
-    "mixer_options": {
-        "zoo_halonet*": {"halo": {"halo_size": 1}},
-        "zoo_lambda_*": {"lambda": {"kernel_size": 5}},
-        "*": {"softmax": {"qkv_bias": False}},
-    },
-    "avg_down": {"zoo_lambda_resnet26t": True, "zoo_lambda_*": False, "*": True},
-    "se": {f"zoo_lambda_resnet{layers}": False for layers in (101, 152, 200)} | {"*": True},
-    "final_dim": 40,
-    "partial_dims": (4, 8, 8),
-    "qk_dim": 8,
-    "class_token": False,
-    "attn": "uniform",
-    "attn_share": ((0, 1),),
-    "attn_options": {
-        "zoo_shvit_*": {"qk_dim": 8},
-        "zoo_halonet*": {"halo_size": 1},
-        "zoo_lambda_*": {"dim_key": 8},
-        "*": {"qkv_bias": False},
-    },
-    "cb": {"zoo_vit_*_cb_*": "cbs", "vit": "cb"},
-    "norm_layer": torch.nn.Identity,
-    "act_layer": torch.nn.ReLU,
-    **dict.fromkeys(RATES, 0.6),
-}
-# Arguments without effect until another attention is chosen: one with a table over the whole grid, or softmax.
-IDLE = {
-    "img_size": (
-        *("zoo_pvt_v2_*", "zoo_swin_*", "zoo_cswin_*", "zoo_flatten_*", "zoo_shvit_*", "zoo_uniformer_*"),
-        *("zoo_attention_*", "zoo_halonet*", "zoo_lambda_*"),
-    ),
-    # There is no block that mixes with a convolution.
-    "se": ("zoo_halonet_*", "zoo_lambda_resnet50"),
-    "attn_drop_rate": ("zoo_flatten_pvt_*",),
-    "sr_ratios": ("zoo_flatten_pvt_*",),
-    # Refused by networks that shrink their tokens.
-    "init_values": ("zoo_uniformer_x*",),
-    "aux_head": ("zoo_uniformer_x*",),
-}
-
-
-def options(name):
-    few, narrow = (
-        next(value for pattern, value in table.items() if fnmatch.fnmatch(name, pattern))
-        for table in (SHALLOW, NARROW if name in QUICK else {"*": {}})
-    )
-    return {"img_size": 64, "num_classes": 5, **few, **narrow}
-
-
-def stage_count(name):
-    """How many maps there are to ask for: blocks of a ViT, stages of a pyramid."""
-    return 2 if "depth" in options(name) else len(options(name)["depths"])
-
-
-def create(name, **kwargs):
-    torch.manual_seed(1)
-    return timm.create_model(name, **{**options(name), **kwargs}).eval()
-
-
-@torch.no_grad()
-def shaken(model):
-    """Moves every parameter off its start, where biases, scales and class tokens would hide mistakes."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-    return model
-
-
-def images(height=64, width=64, batch=2, channels=3):
-    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(3))
 
 
 def levels(name):
@@ -196,73 +51,6 @@ def test_in_chans(name, channels):
     assert (x.grad.abs().amax((0, 2, 3)) > 0).all(), "a channel is ignored"
     with pytest.raises((RuntimeError, AssertionError, ValueError)):
         create(name, in_chans=channels)(images(channels=3))
-
-
-def arguments(name):
-    """Those of the constructor, and of the one that it hands the others to."""
-    found = []
-    for cls in type(create(name)).__mro__:
-        parameters = inspect.signature(cls).parameters.values()
-        found += [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
-        if len(parameters) and all(one.kind is not one.VAR_KEYWORD for one in parameters):
-            break
-    return found
-
-
-@each
-def test_dropout(name):
-    x = images(batch=4)
-    still = shaken(create(name))
-    expected = still(x)
-    state = copy.deepcopy(still.state_dict())  # training moves the statistics of BatchNorm
-    still.train()
-    # Two runs of the same operations.
-    assert torch.equal(still(x), still(x)), "there is noise without any dropout"
-    for rate in set(RATES) & set(arguments(name)):
-        if idle(name, rate):
-            continue
-        model = create(name, **{rate: 0.6})
-        model.load_state_dict(state)
-        assert torch.equal(model(x), expected), f"{rate} acts in evaluation"
-        model.train()
-        assert not torch.allclose(model(x), model(x)), f"{rate} is ignored"
-
-
-def idle(name, argument):
-    return any(fnmatch.fnmatch(name, pattern) for pattern in IDLE.get(argument, ()))
-
-
-def other(name, argument):
-    value = OTHER[argument]
-    if not isinstance(value, dict):
-        return value
-    kind = "vit" if name.startswith("zoo_vit_") else "pyramid"
-    return next(found for pattern, found in value.items() if pattern == kind or fnmatch.fnmatch(name, pattern))
-
-
-def differ(one, two):
-    """Whether two networks differ in their parameters' shapes or, with the same parameters, in what they answer."""
-    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (one, two)]
-    if shapes[0] != shapes[1]:
-        return True
-    two.load_state_dict(one.state_dict())
-    outputs = []
-    for model in (one.train(), two.train()):
-        torch.manual_seed(5)
-        # Two places at least in the last map, for poolings to differ.
-        outputs.append(model(images(64, 96, batch=4)))
-    return outputs[0].shape != outputs[1].shape or not torch.allclose(*outputs, **NEAR)
-
-
-@each
-def test_every_argument_changes_something(name):
-    for argument in arguments(name):
-        assert argument in OTHER, f"{argument} is new; give another value of it in OTHER"
-        if idle(name, argument):
-            continue
-        rest = {"global_pool": "avg"} if argument == "class_token" else {}
-        changed = create(name, **rest, **{argument: other(name, argument)})
-        assert differ(shaken(create(name, **rest)), changed), f"{argument} changes nothing"
 
 
 @each
