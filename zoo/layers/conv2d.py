@@ -61,15 +61,20 @@ class Conv2d(nn.Conv2d):
         else:
             return self._fastest(x, self.weight, self.bias)
 
+    # Weights are handed down: a parametrization computes them, or changes its state, at every look.
     def filled(self, x: Tensor) -> Tensor | None:
-        """What `forward` answers with channels of zeros after its own, up to a multiple of eight: for who comes next.
+        """`forward` before its last step: with the channels of zeros that it fills up to a multiple of eight and cuts.
+
+        Args:
+            x: maps (B, in_channels, H, W).
 
         Returns:
-            (B, out_channels and those of zeros, H', W'), or None where `forward` would not fill channels up either.
+            (B, the multiple, H', W'), of which the first out_channels are what `forward` answers; None where `forward`
+            takes another way.
         """
-        return self._in_eights(x, self.weight, self.bias, _dtype(x, self.weight))
+        weight = self.weight
+        return self._in_eights(x, weight, self.bias, _dtype(x, weight))
 
-    # Weights are handed down: a parametrization computes them, or changes its state, at every look.
     @torch.jit.unused
     def _fastest(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = _dtype(x, weight)
@@ -113,12 +118,12 @@ class Conv2d(nn.Conv2d):
 
 
 def fill(values: Tensor) -> Tensor:
-    """(C,) with zeros after them up to a multiple of eight."""
+    """Values (C,) of any dtype, with zeros after them up to a multiple of eight."""
     return F.pad(values, (0, -values.shape[0] % 8))
 
 
 def cut(maps: Tensor, channels: int) -> Tensor:
-    """The first channels of maps that are filled up."""
+    """The first `channels` of maps (B, C, H, W), in memory of their own where there are more."""
     if maps.shape[1] == channels:
         return maps
     # Cut by a pad: the gradient of a slice would be a map that is not channels-last, and cuDNN would turn it.

@@ -39,12 +39,10 @@ class ConvNorm(nn.Module):
 
     @torch.jit.unused
     def _fastest(self, x: Tensor) -> Tensor:
-        # Whoever put other layers in their place, or listens at them, is to find what they expect.
-        own = type(self.conv) is Conv2d and type(self.bn) is nn.BatchNorm2d
-        if own and self.bn.num_features % 8 and _over_batches(self.bn) and not _watched(self.conv, self.bn):
-            filled = self.conv.filled(x)
-            if filled is not None:
-                return cut(_filled_norm(self.bn, filled), self.bn.num_features)
+        if _filled_up(self.conv, self.bn):
+            maps = self.conv.filled(x)
+            if maps is not None:
+                return cut(_normalised(maps, self.bn), self.bn.num_features)
         return self.bn(self.conv(x))
 
     @torch.jit.ignore
@@ -53,28 +51,34 @@ class ConvNorm(nn.Module):
         return fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
 
 
-def _watched(*modules: nn.Module) -> bool:
+def _filled_up(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether `_normalised` answers for the norm, in training, over the convolution's channels filled up.
+
+    Whoever puts other layers in their place, or listens at them, is to find what they expect.
+    """
+    if type(conv) is not Conv2d or type(norm) is not nn.BatchNorm2d or conv.out_channels != norm.num_features:
+        return False
+    counts = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+    if not (norm.training and norm.track_running_stats and norm.num_features % 8) or any(one is None for one in counts):
+        return False
+    return not (_watched(conv) or _watched(norm) or torch.nn.modules.module._has_any_global_hook())
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether something happens at a call of the module besides its class's `forward`."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for module in modules for kind in kinds)
+    return "forward" in module.__dict__ or any(getattr(module, kind) for kind in kinds)
 
 
-def _over_batches(norm: nn.BatchNorm2d) -> bool:
-    """Whether the norm is by the batch's own mean and variance, and its running ones follow with a momentum."""
-    return norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None
-
-
-def _filled_norm(norm: nn.BatchNorm2d, maps: Tensor) -> Tensor:
-    """What the norm answers in training, and does to its buffers, over maps whose last channels are filled up."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.momentum is not None
+def _normalised(maps: Tensor, norm: Any) -> Tensor:
+    """nn.BatchNorm2d `norm` of C channels in training over maps (B, C filled up to a multiple of eight, H, W)."""
     mean, var = fill(norm.running_mean), fill(norm.running_var)
     weight, bias = fill(norm.weight), fill(norm.bias)
     maps = F.batch_norm(maps, mean, var, weight, bias, True, norm.momentum, norm.eps)
-    with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        norm.running_mean.copy_(mean[: norm.num_features])
-        norm.running_var.copy_(var[: norm.num_features])
+    # torch moved those that were filled up; the norm's own follow.
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.copy_(mean[: norm.num_features])
+    norm.running_var.copy_(var[: norm.num_features])
     return maps
 
 
