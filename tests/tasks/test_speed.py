@@ -3,9 +3,12 @@
 import copy
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import zoo  # noqa: F401  (registers the networks)
 from zoo.errors import UsageError
 from zoo.tasks import speed
 from zoo.tasks.speed import TrainingGraph
@@ -99,6 +102,25 @@ def test_blocks_are_compiled_and_what_lies_between_them():
     whole = Net(0.0)
     speed.compile_in_place(whole)
     assert whole._compiled_call_impl is not None
+
+
+def test_every_part_is_one_graph_and_equal_blocks_share_theirs(monkeypatch):
+    """On the oldest torch too, which of itself takes a row of layers apart."""
+    graphs, own = [], torch.compile
+
+    def caught(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda call, **_: own(call, dynamic=False, backend=caught))
+    torch._dynamo.reset()
+    network = timm.create_model("zoo_shvit_s1", depths=(1, 3, 1), num_classes=0)
+    x = torch.randn(2, 3, 64, 64)
+    want = network(x)
+    speed.compile_in_place(network)
+    assert torch.equal(network(x), want)
+    # The stem, and a change of the map and equal blocks of each stage; the first stage has no change of the map.
+    assert [graph.count(F.batch_norm) for graph in graphs] == [4, 3, 9, 5, 9, 5]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """What makes training steps fast without changing what they compute: compilation and CUDA graphs."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,18 @@ def compile_in_place(backbone: nn.Module) -> None:
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 2 * len(parts))
     for part in parts:
-        part.compile(dynamic=False, options=_options(part))
+        # What nn.Module.compile does, of a call that torch.compile looks into.
+        part._compiled_call_impl = torch.compile(_call_of(part), dynamic=False, options=_options(part))
+
+
+def _call_of(part: nn.Module) -> Callable[..., Any]:
+    """The part's call, in a frame of ours where its forward is torch's own (nn.Sequential).
+
+    Up to torch 2.13, torch.compile looks past those, and compiles their layers one by one: nothing is fused.
+    """
+    if type(part).forward.__module__.startswith("torch."):
+        return lambda *args, **kwargs: part._call_impl(*args, **kwargs)
+    return part._call_impl
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
@@ -39,7 +51,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-def _options(block: nn.Module) -> dict[str, bool] | None:
+def _options(block: nn.Module) -> dict[str, Any] | None:
     # Up to torch 2.13 the gradient of a parameter (1, 1, C), which one kernel sums beside a sum over channels, comes
     # back as (C,), and autograd refuses it: pytorch issue 178080. The kernel gains little, so such blocks go without.
     mended = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 14)
