@@ -18,7 +18,7 @@ NEAR = {"atol": 1e-4, "rtol": 1e-5}  # float32: sums over a batch in another ord
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The decisions of half precision in torch.compile; which channels came to the norm filled up is written down."""
+    """Decides as in half precision in torch.compile; the list of channel counts that reach the norm filled up."""
     filled, own = [], conv_norm._normalised
     monkeypatch.setattr(conv2d, "_dtype", lambda x, weight: x.dtype)
     monkeypatch.setattr(conv2d, "_HALF", (torch.float32,))

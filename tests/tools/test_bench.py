@@ -346,3 +346,21 @@ def test_a_network_is_replayed_in_inference_alone_and_on_both_sides(monkeypatch)
         ("timm", "graph", "inference"),
     ]
     assert asked == 2 * [{"mode": "reduce-overhead"}]
+
+
+@pytest.mark.parametrize(
+    ("mode", "order"), [("compile", ["step", "restart", "step"]), ("graph", ["restart", "step", "step"])]
+)
+def test_memory_counts_the_step_that_allocates(mode, order, monkeypatch):
+    """A graph's is the one that torch records, of the first two; of others the second, after what a first one needs."""
+    seen = []
+
+    class Memory:
+        def __init__(self, device):
+            self.restart = lambda: seen.append("restart")
+            self.peak_gb = lambda: 1.0
+
+    monkeypatch.setattr(run_network, "Memory", Memory)
+    monkeypatch.setattr(run_network, "build_inference", lambda *_: (lambda: seen.append("step"), 1, {}))
+    run_network._inference(None, "ours", mode, Options("cpu", True, ("eager",)))
+    assert seen[:3] == order

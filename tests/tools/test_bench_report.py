@@ -87,6 +87,17 @@ def test_a_ratio_compares_the_fastest_of_both():
     assert line == "| net | training | 128 | timm n | 100 | 300 | - | - | 200 | - | - | - | 900 | 3x | 8 | 2.5 |"
 
 
+def test_a_ratio_between_two_runs_is_marked():
+    rows = [row("ours", "recipe", 900), row("timm", "eager", 100), row("timm", "compile", 300, date="2026-01-01")]
+    (line,) = report.network_lines(record(rows=rows))
+    assert "| 3x (**) |" in line
+    assert report.OTHER_RUN in report.render([record(rows=rows)])
+    rows[2] |= {"images_per_second": 50, "timing": rows[2]["timing"] | {"median_ms": 2560}}
+    (line,) = report.network_lines(record(rows=rows))
+    assert "| 9x |" in line
+    assert report.OTHER_RUN not in report.render([record(rows=rows)])
+
+
 def test_figures_from_elsewhere_count_on_the_same_kind_of_gpu_alone():
     told = {"peer": "theirs", "device": "H100", "source": "measured elsewhere"}
     told |= {"images_per_second": {"training": {"eager": 100, "compile": 200}}, "peak_gb": {"training": {"compile": 7}}}

@@ -6,9 +6,9 @@ from typing import Any
 HEAD = """# Benchmarks
 
 Written by `python -m tools.bench report` from the records in [tools/bench/records](../../tools/bench/records); no
-figure is typed by hand. Ours and its peer are timed in one run, and nothing is timed before its answer agrees with the
-reference. To make the records again, on a machine with a GPU, in the root of the checkout (torch, triton and timm are
-enough; a budget is in seconds, and what it leaves out is named):
+figure is typed by hand. Ours and its peer are timed in one run, but where a ratio has (**), and nothing is timed before
+its answer agrees with the reference. To make the records again, on a machine with a GPU, in the root of the checkout
+(torch, triton and timm are enough; a budget is in seconds, and what it leaves out is named):
 
 ```
 python -m tools.bench ops --budget 550
@@ -33,6 +33,7 @@ replayed so (the latter by `torch.compile(mode="reduce-overhead")`), without wha
 An op is timed by its kernel, also where "auto" leaves it to the reference. A ratio compares the fastest of ours with
 the fastest of the peer, which had the same ways of being run.
 """
+OTHER_RUN = "(**) The fastest of the peer is from another run than the fastest of ours; the runs are listed below."
 EMPTY = "\nThere are no records yet.\n"
 TITLES = {
     "op": "Ops",
@@ -96,6 +97,15 @@ def fastest(rows: list[Row]) -> Row | None:
     return min(rows, key=lambda row: row["timing"]["median_ms"], default=None)
 
 
+def times(ratio: float | None, record: Row, *rows: Row | None) -> str:
+    """A ratio between rows, with a mark if they are from different runs."""
+    if ratio is None:
+        return "-"
+    # Rows that were kept from an earlier run name its date.
+    runs = {row.get("date", record["date"]) for row in rows if row}
+    return f"{number(ratio)}x" + (" (**)" if len(runs) > 1 else "")
+
+
 def passes(record: Row) -> list[str]:
     known = ("forward", "forward+backward", "inference", "training")
     return [what for what in known if any(row.get("pass") == what for row in record["rows"])]
@@ -115,7 +125,7 @@ def function_lines(record: Row) -> list[str]:
             cells = [record["title"], record["growth"], "yes" if record["forms_map"] else "no"]
             cells.append(f"{record['sizes']['side'] ** 2:,}")
         eager = of_mode(good(record, "ours", what), "eager")
-        cells += [milliseconds(row) for row in (peer, ours, eager)] + ["-" if ratio is None else f"{number(ratio)}x"]
+        cells += [milliseconds(row) for row in (peer, ours, eager)] + [times(ratio, record, peer, ours)]
         cells += [number((row or {}).get("peak_gb")) for row in (peer, ours)]
         cells += [number((ours or {}).get("floor_ms")), "-" if share is None else f"{share:.0%}"]
         lines.append(line(cells))
@@ -189,7 +199,7 @@ def network_lines(record: Row) -> list[str]:
             row = of_mode(peer, mode)
             cells.append(f"{told[mode]:,.0f}" if row is None and not peer and mode in told else speed(row))
         cells += [speed(of_mode(ours, mode)) for mode in ("eager", "compile", "fused", "graph", "recipe")]
-        cells += ["-" if ratio is None else f"{number(ratio)}x", number(rival_gb), number((best or {}).get("peak_gb"))]
+        cells += [times(ratio, record, best, rival), number(rival_gb), number((best or {}).get("peak_gb"))]
         lines.append(line(cells))
     return lines
 
@@ -201,7 +211,7 @@ def headline_lines(record: Row) -> list[str]:
     ratio = best["images_per_second"] / rival["images_per_second"] if best and rival else None
     cells = [record["title"], record["peer_name"]]
     cells += [f"{speed(row)} ({row['mode']})" if row else "-" for row in (rival, best)]
-    return [line([*cells, "-" if ratio is None else f"{number(ratio)}x", record["claim"] or "-"])]
+    return [line([*cells, times(ratio, record, best, rival), record["claim"] or "-"])]
 
 
 LINES = {
@@ -231,6 +241,7 @@ def table(kind: str, records: list[Row]) -> str:
     notes += [record["note"] for record in records if record.get("note")]
     sources = {told_of(record)["source"] for record in records if told_of(record)}
     notes += [f"(*) {source}; it cannot be installed beside ours." for source in sorted(sources)]
+    notes += [OTHER_RUN] * any("(**)" in cells for cells in lines)
     if notes:
         lines += ["", *dict.fromkeys(notes)]
     bad = [text for record in records for text in troubles(record)]

@@ -53,10 +53,10 @@ class Options:
 
 def tidy() -> None:
     """Frees what the side before has left, so that it counts for no other."""
+    torch._dynamo.reset()  # the memory of graphs goes with them
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    torch._dynamo.reset()
 
 
 def first_line(problem: BaseException) -> str:

@@ -61,9 +61,9 @@ class Conv2d(nn.Conv2d):
         else:
             return self._fastest(x, self.weight, self.bias)
 
-    # Weights are handed down: a parametrization computes them, or changes its state, at every look.
+    # Below, weights are handed down: a parametrization computes them, or changes its state, at every look.
     def filled(self, x: Tensor) -> Tensor | None:
-        """`forward` before its last step: with the channels of zeros that it fills up to a multiple of eight and cuts.
+        """What `forward` has before it cuts off the channels of zeros that fill up to a multiple of eight.
 
         Args:
             x: maps (B, in_channels, H, W).

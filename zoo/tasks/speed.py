@@ -29,7 +29,8 @@ def compile_in_place(backbone: nn.Module) -> None:
 def _call_of(part: nn.Module) -> Callable[..., Any]:
     """The part's call, in a frame of ours where its forward is torch's own (nn.Sequential).
 
-    Up to torch 2.13, torch.compile looks past those, and compiles their layers one by one: nothing is fused.
+    torch.compile skips frames of torch's code, in torch 2.11 those too: each layer becomes a graph of its own, and
+    nothing is fused.
     """
     if type(part).forward.__module__.startswith("torch."):
         return lambda *args, **kwargs: part._call_impl(*args, **kwargs)
