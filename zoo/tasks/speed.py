@@ -22,19 +22,17 @@ def compile_in_place(backbone: nn.Module) -> None:
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 2 * len(parts))
     for part in parts:
-        # What nn.Module.compile does, of a call that torch.compile looks into.
-        part._compiled_call_impl = torch.compile(_call_of(part), dynamic=False, options=_options(part))
+        how: dict[str, Any] = {"dynamic": False, "options": _options(part)}
+        if type(part).forward.__module__.startswith("torch."):
+            # What part.compile() does, of a call in a frame of ours: torch.compile skips frames of torch's code, in
+            # torch 2.11 nn.Sequential's too, so that each layer becomes a graph of its own, and nothing is fused.
+            part._compiled_call_impl = torch.compile(_call_of(part), **how)
+        else:
+            part.compile(**how)
 
 
 def _call_of(part: nn.Module) -> Callable[..., Any]:
-    """The part's call, in a frame of ours where its forward is torch's own (nn.Sequential).
-
-    torch.compile skips frames of torch's code, in torch 2.11 those too: each layer becomes a graph of its own, and
-    nothing is fused.
-    """
-    if type(part).forward.__module__.startswith("torch."):
-        return lambda *args, **kwargs: part._call_impl(*args, **kwargs)
-    return part._call_impl
+    return lambda *args, **kwargs: part._call_impl(*args, **kwargs)
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
