@@ -190,8 +190,9 @@ def test_classifier(name):
     assert model.num_classes == 7
     assert model(x.double()).shape == (2, 7)
     model.reset_classifier(0)
-    # The float64 network against the float32 features.
-    torch.testing.assert_close(model(x.double()).float(), features, **NEAR)
+    # The float64 network against the float32 features, whose noise is that of the largest: 19 in one network.
+    largest = max(1.0, features.abs().max().item())
+    torch.testing.assert_close(model(x.double()).float(), features, rtol=NEAR["rtol"], atol=NEAR["atol"] * largest)
     model.reset_classifier(3)
     assert model(x.double()).shape == (2, 3)
 
