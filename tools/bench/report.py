@@ -241,7 +241,7 @@ def table(kind: str, records: list[Row]) -> str:
     notes += [record["note"] for record in records if record.get("note")]
     sources = {told_of(record)["source"] for record in records if told_of(record)}
     notes += [f"(*) {source}; it cannot be installed beside ours." for source in sorted(sources)]
-    notes += [OTHER_RUN] * any("(**)" in cells for cells in lines)
+    notes += [OTHER_RUN] if any("(**)" in cells for cells in lines) else []
     if notes:
         lines += ["", *dict.fromkeys(notes)]
     bad = [text for record in records for text in troubles(record)]

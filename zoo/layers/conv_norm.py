@@ -13,8 +13,8 @@ from zoo.layers.conv2d import Conv2d, cut, fill
 class ConvNorm(nn.Module):
     """Convolution, then BatchNorm: maps (B, in_chans, H, W) -> (B, out_chans, H', W').
 
-    Channels that the convolution fills up to a multiple of eight (see `Conv2d`) are cut after the norm in training:
-    sums over maps of 28 channels take a GPU two to three times as long as over maps of 32.
+    Channels that the convolution fills up to a multiple of eight (see `Conv2d`) are cut after the norm in training,
+    whose sums a GPU takes faster over 32 channels than over 28: by 1.8 % of a step of SHViT-S4.
 
     Args:
         in_chans, out_chans: channels.
