@@ -142,16 +142,16 @@ def test_channels_are_filled_up_to_eights(monkeypatch):
     monkeypatch.setattr(
         conv, "_conv_forward", lambda x, weight, bias: seen.append((x, weight, bias)) or own(x, weight, bias)
     )
+    monkeypatch.setattr(conv2d, "_dtype", lambda x, weight: x.dtype)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with torch.no_grad():
-        x = torch.randn(2, 3, 8, 9).bfloat16()
-        filled = conv.bfloat16()._in_eights(x, conv.weight, conv.bias, torch.bfloat16)
+        out = conv.bfloat16()(torch.randn(2, 3, 8, 9).bfloat16())
     ((x, weight, bias),) = seen
     assert (x.shape[1], weight.shape, bias.shape) == (8, (32, 8, 3, 3), (32,))
     assert conv.weight.shape == (28, 3, 3, 3)
-    assert filled.shape == (2, 32, 8, 9)
-    assert not filled[:, 28:].any()
-    assert conv2d.cut(filled, 28).shape == (2, 28, 8, 9)
+    assert not weight[28:].any()
+    assert not bias[28:].any()
+    assert out.shape == (2, 28, 8, 9)
 
 
 @convs

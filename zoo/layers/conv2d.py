@@ -61,39 +61,26 @@ class Conv2d(nn.Conv2d):
         else:
             return self._fastest(x, self.weight, self.bias)
 
-    # Below, weights are handed down: a parametrization computes them, or changes its state, at every look.
-    def filled(self, x: Tensor) -> Tensor | None:
-        """What `forward` has before it cuts off the channels of zeros that fill up to a multiple of eight.
-
-        Args:
-            x: maps (B, in_channels, H, W).
-
-        Returns:
-            (B, the multiple, H', W'), of which the first out_channels are what `forward` answers; None where `forward`
-            takes another way.
-        """
-        weight = self.weight
-        return self._in_eights(x, weight, self.bias, _dtype(x, weight))
-
+    # Weights are handed down: a parametrization computes them, or changes its state, at every look.
     @torch.jit.unused
     def _fastest(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = _dtype(x, weight)
         if dtype is not None and self._one_a_channel():
             return _depthwise(x, weight, bias, int(self.padding[0]), dtype)
-        filled = self._in_eights(x, weight, bias, dtype)
-        return self._conv_forward(x, weight, bias) if filled is None else cut(filled, self.out_channels)
-
-    @torch.jit.unused
-    def _in_eights(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
         uneven = self.in_channels % 8 or self.out_channels % 8
         dense = self.groups == 1 and isinstance(self.padding, tuple) and self.padding_mode == "zeros"
-        if not (uneven and dense and dtype in _HALF and torch.compiler.is_compiling()):
-            return None
-        x, bias = x.to(dtype), None if bias is None else fill(bias)
-        if self._few():
-            return self._of_few(x, weight, bias)
-        weight = F.pad(weight, (0, 0, 0, 0, 0, -self.in_channels % 8, 0, -self.out_channels % 8))
-        return self._conv_forward(F.pad(x, (0, 0, 0, 0, 0, -self.in_channels % 8)), weight, bias)
+        if dtype is None or not (uneven and dense and dtype in _HALF and torch.compiler.is_compiling()):
+            return self._conv_forward(x, weight, bias)
+        more = -self.out_channels % 8
+        way = self._of_few if self._few() else self._in_eights
+        maps = way(x.to(dtype), weight, None if bias is None else F.pad(bias, (0, more)))
+        # Cut by a pad: the gradient of a slice would be a map that is not channels-last, and cuDNN would turn it.
+        return F.pad(maps, (0, 0, 0, 0, 0, -more)) if more else maps
+
+    def _in_eights(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        before = -self.in_channels % 8
+        weight = F.pad(weight, (0, 0, 0, 0, 0, before, 0, -self.out_channels % 8))
+        return self._conv_forward(F.pad(x, (0, 0, 0, 0, 0, before)), weight, bias)
 
     def _one_a_channel(self) -> bool:
         square = isinstance(self.padding, tuple) and self.padding[0] == self.padding[1]
@@ -115,16 +102,3 @@ class Conv2d(nn.Conv2d):
         before = -rows.shape[3] % 8
         weight = F.pad(weight.flatten(1), (0, before, 0, -self.out_channels % 8))
         return F.linear(F.pad(rows, (0, before)), weight, bias).permute(0, 3, 1, 2)
-
-
-def fill(values: Tensor) -> Tensor:
-    """Values (C,) of any dtype, with zeros after them up to a multiple of eight."""
-    return F.pad(values, (0, -values.shape[0] % 8))
-
-
-def cut(maps: Tensor, channels: int) -> Tensor:
-    """The first `channels` of maps (B, C, H, W), in memory of their own where there are more."""
-    if maps.shape[1] == channels:
-        return maps
-    # Cut by a pad: the gradient of a slice would be a map that is not channels-last, and cuDNN would turn it.
-    return F.pad(maps, (0, 0, 0, 0, 0, channels - maps.shape[1]))
