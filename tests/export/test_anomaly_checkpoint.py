@@ -15,6 +15,9 @@ from zoo.export.checkpoint import open_model
 pytest.importorskip("lightning.pytorch", reason="needs the train extra")
 pytest.importorskip("zoo.tasks.anomaly")
 
+# What depends on the run's data alone, and not on the method, is exported once.
+one_method = pytest.mark.parametrize("task", ["memory_bank"], indirect=True, scope="module")
+
 
 def picture(height, width, seed):
     coarse = np.random.default_rng(seed).integers(60, 200, (5, 5, 3), dtype=np.uint8)
@@ -96,6 +99,7 @@ def test_tiles_of_the_run(task, tmp_path):
     assert (output.tile, output.overlap) == (40, 10)
 
 
+@one_method
 def test_a_task_in_a_run_is_exported_with_the_options_of_its_data(task, tmp_path, monkeypatch):
     """The threshold comes from scores by tiles; without them the file would judge others."""
     data = {"tile": 40, "tile_overlap": 10}
@@ -111,6 +115,7 @@ def test_a_task_in_a_run_is_exported_with_the_options_of_its_data(task, tmp_path
     }
 
 
+@one_method
 def test_16_bit_weights_of_a_run(task, tmp_path):
     """Measured on the run's own validation images."""
     (tmp_path / "good").mkdir()
