@@ -255,7 +255,8 @@ def backward(
                 down = tl.where(part_y, 0.0, NEVER)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             s = tl.reshape(s, [QUERIES, ROWS, COLUMNS]) * (scale * LOG2E) + (down[:, :, None] + right[:, None, :])
-            p = tl.exp2(tl.reshape(s, [QUERIES, ROWS * COLUMNS]) - lse[:, None])
+            # What stands in for no query has none of the logits that lse sums: their ratio may be infinite.
+            p = tl.where(there[:, None], tl.exp2(tl.reshape(s, [QUERIES, ROWS * COLUMNS]) - lse[:, None]), 0.0)
             dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
             ds = p * (dp - delta[:, None])
             if POSITIONS:
