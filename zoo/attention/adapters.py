@@ -33,6 +33,7 @@ class MapAdapter(Attention):
     def __init__(self, attn: Attention):
         super().__init__(attn.dim, attn.dim_out, attn.grid_size)
         self.attn = attn
+        self.crosses_bias = attn.crosses_bias
 
     def out_grid(self, grid: Grid) -> Grid:
         return self.attn.out_grid(grid)
@@ -66,6 +67,7 @@ class TokensAdapter(Attention):
         if num_prefix_tokens and attn.dim != attn.dim_out:
             raise ValueError(f"prefix tokens of {attn.dim} channels cannot pass where {attn.dim_out} come out")
         self.attn = attn
+        self.crosses_bias = attn.crosses_bias
         self.native_map = attn.layout == "map"
 
     def out_grid(self, grid: Grid) -> Grid:

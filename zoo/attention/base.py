@@ -37,6 +37,8 @@ class Attention(nn.Module):
     layout: str = "tokens"
     # Names of own parameters, besides vectors, that weight decay would pull from where they start for a reason.
     undecayed: tuple[str, ...] = ()
+    # Whether answers depend on tokens that a bias keeps apart from the query: by a norm or convolution over the grid.
+    crosses_bias: bool = False
 
     def __init__(self, dim: int, dim_out: int | None = None, grid_size: Grid = (14, 14), num_prefix_tokens: int = 0):
         super().__init__()

@@ -144,6 +144,8 @@ class SuperAttention(_FewerProjections):
     The other arguments are those of `OptimisedAttention`.
     """
 
+    crosses_bias = True  # by W
+
     def __init__(
         self,
         dim: int,

@@ -41,6 +41,8 @@ class SelectiveAttention(FusedAttention):
         grid_size, num_prefix_tokens: as `create_attention` takes them.
     """
 
+    crosses_bias = True  # by the number of keys
+
     def __init__(
         self,
         dim: int,

@@ -41,6 +41,7 @@ class SingleHeadAttention(Attention):
     """
 
     layout = "map"
+    crosses_bias = True  # by its norm
 
     def __init__(
         self,

@@ -79,6 +79,7 @@ class SoftmaxAttention(Attention):
         self.norm = None if whole else nn.LayerNorm(dim)
         self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.crosses_bias = sr_ratio > 1 or lepe > 0
         width, local = self.dim_out, check_kernel("softmax", "lepe", lepe, smallest=0)
         self.lepe = nn.Conv2d(width, width, local, padding=local // 2, groups=width) if local else None
         self.attn_drop = nn.Dropout(attn_drop)

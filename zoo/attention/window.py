@@ -24,8 +24,8 @@ from zoo.errors import UsageError
 class Cut(NamedTuple):
     """One way to cut a grid into windows; `split` and `join` follow it. Every field is (rows, columns).
 
-    A shift is done by rolling the grid (the inner mechanism must then keep the pieces of a window apart by a bias) or
-    else by padding before the grid, which needs a key mask alone but more windows.
+    A shift is done by rolling the grid (a bias must then keep the pieces of a window apart in all that the inner
+    mechanism does) or else by padding before the grid, which needs a key mask alone but more windows.
     """
 
     grid: tuple[int, int]
@@ -209,9 +209,16 @@ class WindowAttention(_Windowed):
         self.inner = create_attention(
             inner, dim, grid_size=self.window_size, num_prefix_tokens=num_prefix_tokens, **options
         )
+        # Prefix tokens see the windows that padding leaves, with and without a mask of keys.
+        self.rolls = self.inner_biased and not (self.inner.crosses_bias or num_prefix_tokens)
         if rel_pos_bias:
             if not self.inner_biased:
                 raise UsageError(f"rel_pos_bias needs an inner mechanism that takes a bias; {inner!r} does not")
+            if getattr(self.inner, "sr_ratio", 1) > 1:
+                raise UsageError(
+                    f"rel_pos_bias is for as many keys as a window has cells, but sr_ratio={self.inner.sr_ratio} of "
+                    f"{inner!r} makes fewer; leave one of the two out"
+                )
             height, width = self.window_size
             heads = getattr(self.inner, "num_heads", 1)
             self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1), heads))
@@ -227,7 +234,7 @@ class WindowAttention(_Windowed):
         bias: Tensor | None = None,
     ) -> Tensor:
         """x (B, P + H*W, dim) -> (B, P + H*W, dim_out); see `Attention` for the rest."""
-        cut = self.cut(self.token_grid(x, grid))
+        cut = self.cut(self.token_grid(x, grid), key_mask is not None)
         self.check(cut, key_mask, bias)
         windows, mask = window_tokens(x, cut, self.num_prefix_tokens, key_mask)
         added = window_bias(cut, self.relative_bias(cut.window), self.num_prefix_tokens, x)
@@ -242,8 +249,9 @@ class WindowAttention(_Windowed):
         local = self.inner.attention_map(windows, cut.window, **given(key_mask=mask, bias=added))
         return grid_weights(local, cut, self.num_prefix_tokens, x.shape[0])
 
-    def cut(self, grid: tuple[int, int]) -> Cut:
-        return make_cut(grid, self.window_size, self.shift_size, self.inner_biased)
+    def cut(self, grid: tuple[int, int], masked: bool = False) -> Cut:
+        """`masked`: whether keys are. A rolled window whose own piece has none left would attend to another's."""
+        return make_cut(grid, self.window_size, self.shift_size, self.rolls and not masked)
 
     def relative_bias(self, window: tuple[int, int]) -> Tensor | None:
         """(1, heads, h*w, h*w) for a window (h, w) no larger than `window_size`; None without a table."""
