@@ -47,7 +47,8 @@ def own_kernels() -> frozenset[str]:
     """Names of the Triton functions in zoo.kernels, which the profiler shows bare."""
     from tools.bench.machine import ROOT
 
-    pattern = r"@triton\.jit[^\n]*\n(?:\s*@[^\n]*\n)*\s*def (\w+)"
+    # `_compiled` is triton.jit with options, where a file has many.
+    pattern = r"@(?:triton\.jit|_compiled)\b[^\n]*\n(?:\s*@[^\n]*\n)*\s*def (\w+)"
     sources = (path.read_text(encoding="utf-8") for path in (ROOT / "zoo" / "kernels").rglob("*.py"))
     return frozenset(name for text in sources for name in re.findall(pattern, text))
 

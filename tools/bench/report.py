@@ -31,7 +31,9 @@ step replayed as CUDA graphs; `fused` is `compile` after timm's `reparameterize_
 convolutions before them where a network, ours or the peer, knows how; `graph` is an op, a layer or a fused network
 replayed so (the latter by `torch.compile(mode="reduce-overhead")`), without what the host needs to launch its kernels.
 An op is timed by its kernel, also where "auto" leaves it to the reference. A ratio compares the fastest of ours with
-the fastest of the peer, which had the same ways of being run.
+the fastest of the peer, which had the same ways of being run but for two: `recipe` is ours alone, so that in training
+only the compiled peer stands beside our replayed step; and where the peer of an op has no `graph`, ours has the host's
+time less. Peaks of ops and layers replayed are left out until measured again: they counted the bench's own copies.
 """
 OTHER_RUN = "(**) The fastest of the peer is from another run than the fastest of ours; the runs are listed below."
 EMPTY = "\nThere are no records yet.\n"
