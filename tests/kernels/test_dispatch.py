@@ -114,6 +114,9 @@ def test_explain_says_what_auto_takes_and_why(cuda_tensor, monkeypatch):
     monkeypatch.setitem(dispatch.OPS, "toy", toy(unsupported="so odd", slower=lambda x: "so few"))
     assert dispatch.explain("toy", cuda_tensor) == "reference: so odd"
     monkeypatch.setattr(dispatch, "DEFAULT", "triton")
+    assert dispatch.explain("toy", torch.empty(2)).startswith("reference: the tensor is on cpu")
+    assert dispatch.explain("toy", cuda_tensor).startswith("an error: ZOO_KERNELS=triton was asked for, but in toy ")
+    monkeypatch.setattr(dispatch, "_insist", lambda *_: True)
     assert dispatch.explain("toy", cuda_tensor) == "triton: ZOO_KERNELS=triton"
     with pytest.raises(ValueError, match="no kernel op 'flash'; valid: context_broadcast"):
         dispatch.explain("flash", cuda_tensor)
@@ -314,3 +317,13 @@ def test_imports_without_triton():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("6.0\n")
     assert "triton is not installed" in done.stdout
+
+
+def test_explain_takes_what_the_ops_take():
+    """Their defaults too, on a GPU; halos wider than blocks, whose kernel compiles for minutes, are not its own."""
+    with FakeTensorMode(), torch.device("cuda"):
+        q, table = torch.empty(2, 8, 8, 2, 16, dtype=torch.bfloat16), torch.empty(15, 16)
+        assert dispatch.explain("halo_attention", q, q, q, table, table, 4, 2, 0.5) == "triton"
+        wide = dispatch.explain("halo_attention", q, q, q, table, table, 1, 4, 0.5)
+        assert wide.startswith("reference: halo=4 is wider than block=1")
+        assert dispatch.explain("context_broadcast", torch.empty(2, 5, 16)) == "triton"

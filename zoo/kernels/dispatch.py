@@ -144,6 +144,8 @@ def _left(op: Op, tensors: tuple) -> str | None:
 def explain(name: str, *tensors: Any) -> str:
     """What impl="auto" takes for these arguments, and why: "triton", or "reference: " and the first reason.
 
+    With ZOO_KERNELS=triton, what rules a kernel out is the message of "an error: " that the call would raise.
+
     Args:
         name: of an op, as in zoo.kernels.<name>.
         tensors: its arguments, constants too, without `impl`.
@@ -153,10 +155,16 @@ def explain(name: str, *tensors: Any) -> str:
     """
     if name not in OPS:
         raise ValueError(f"there is no kernel op {name!r}; valid: {', '.join(OPS)}")
-    if DEFAULT != "auto":
-        return f"{DEFAULT}: ZOO_KERNELS={DEFAULT}"
+    if DEFAULT == "reference":
+        return "reference: ZOO_KERNELS=reference"
     if elsewhere(tensors[0]):
         return f"reference: the tensor is on {tensors[0].device}, or a graph is made of it for elsewhere"
+    if DEFAULT == "triton":
+        try:
+            _insist("ZOO_KERNELS=triton", OPS[name], tensors)
+        except RuntimeError as problem:
+            return f"an error: {problem}"
+        return "triton: ZOO_KERNELS=triton"
     reason = _left(OPS[name], tensors)
     return "triton" if reason is None else f"reference: {reason}"
 

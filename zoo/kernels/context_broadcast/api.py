@@ -47,7 +47,7 @@ def _triton(x: Tensor, scale: Tensor | None) -> Tensor:
     return torch.ops.zoo.context_broadcast(x, scale)[0]
 
 
-def _unsupported(x: Tensor, scale: Tensor | None) -> str | None:
+def _unsupported(x: Tensor, scale: Tensor | None = None) -> str | None:
     if x.ndim != 3:
         return f"x has {x.ndim} dimensions where (B, N, C) is needed"
     if x.dtype not in _DTYPES:

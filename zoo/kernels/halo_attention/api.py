@@ -130,7 +130,9 @@ def _triton(*arguments) -> Tensor:
     return torch.ops.zoo.halo_attention(*arguments)[0]
 
 
-def _unsupported(q, k, v, height_rel, width_rel, block, halo, scale, stride, scale_rel, mask) -> str | None:
+def _unsupported(
+    q, k, v, height_rel, width_rel, block, halo, scale, stride=1, scale_rel=False, mask=True
+) -> str | None:
     if q.dtype not in _WIDEST or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the kernel takes one of float32, bfloat16, float16"
     widest = _WIDEST[q.dtype]
@@ -138,6 +140,8 @@ def _unsupported(q, k, v, height_rel, width_rel, block, halo, scale, stride, sca
         return f"heads have {q.shape[4]} and {v.shape[4]} channels; in {q.dtype} the kernel takes {widest} at most"
     if block + 2 * halo > 32:
         return f"windows are {block + 2 * halo} keys wide, and the kernel takes 32 at most"
+    if halo > block:
+        return f"halo={halo} is wider than block={block}, for which the kernel compiles from 14 seconds to minutes"
     tensors = [q, k, v] if height_rel is None else [q, k, v, height_rel, width_rel]
     if any(t.device != q.device for t in tensors):
         return f"the tensors are on {', '.join(str(t.device) for t in tensors)}"
