@@ -161,6 +161,42 @@ def test_resume_of_a_run_that_the_clock_ended_asks_for_time(zoo, finished, tmp_p
     assert "runs/x: 3 epochs, 9 updates" in further.out, further.err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--model.lr", "0.5", "is to go on with 0.5: the optimizer goes on as the checkpoint holds it"),
+        ("--model.optimizer", "sgd", "is to go on with sgd: the optimizer goes on as the checkpoint holds it"),
+        ("--data.val_split", "0.5", "is to go on with 0.5: its validation stands on it"),
+    ],
+)
+def test_resume_with_what_the_checkpoint_decides_is_refused(zoo, finished, tmp_path, option, value, said):
+    run = tmp_path / "runs" / "x"
+    shutil.copytree(finished, run)
+    done = zoo("fit", "--run", "x", "--resume", "--trainer.max_epochs", "3", option, value)
+    assert done.status == 2
+    assert f"the run was trained with {option}" in done.err
+    assert said in done.err
+    assert (run / "config.yaml").read_text() == (finished / "config.yaml").read_text()
+
+
+def test_a_run_that_was_moved_keeps_its_best_checkpoint(zoo, finished, tmp_path):
+    run = tmp_path / "elsewhere"
+    shutil.copytree(finished, run)
+    last, best = run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt"
+    content = torch.load(last, weights_only=True)
+    (state,) = [state for key, state in content["callbacks"].items() if "'val/top1'" in key]
+    # A score that no epoch reaches, so that the best one stays what it is.
+    state["best_model_score"] = state["kth_value"] = torch.tensor(2.0)
+    state["best_k_models"] = {path: torch.tensor(2.0) for path in state["best_k_models"]}
+    torch.save(content, last)
+    before = best.read_bytes()
+    done = zoo("fit", "--run", str(run), "--resume", "--trainer.max_epochs", "3")
+    assert done.status == 0, done.err
+    assert "9 updates" in done.out
+    assert "dirpath has changed" not in done.err
+    assert best.read_bytes() == before
+
+
 def test_a_run_may_be_called_as_the_folder_of_its_images(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, tmp_path / "runs" / "parts")

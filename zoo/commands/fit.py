@@ -79,6 +79,7 @@ def _resume(name: str | None, configs: list[str], overrides: list[str]) -> None:
 def _train(folder: Path, configs: list[str], overrides: list[str], checkpoint: Path | None, step: int | None) -> None:
     from zoo.commands.failures import while_running
     from zoo.commands.lightning_cli import ZooCLI, describe
+    from zoo.commands.resuming import check_resumable
     from zoo.commands.runs import clear_empty, probe
     from zoo.commands.wiring import wire_fit
 
@@ -92,6 +93,8 @@ def _train(folder: Path, configs: list[str], overrides: list[str], checkpoint: P
         # Data that is not as described is bad usage, which leaves no run behind.
         if hasattr(cli.datamodule, "check"):
             cli.datamodule.check()
+        if checkpoint is not None:
+            check_resumable(checkpoint, cli.model, cli.datamodule)
     except BaseException:
         if not existed:
             clear_empty([folder, folder.parent])

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from zoo.commands.loggers import run_loggers
 from zoo.tasks import AtomicCheckpointIO
 from zoo.tasks.base import Task
-from zoo.tasks.callbacks import LastCheckpoint, ProgressBar, RunRecord
+from zoo.tasks.callbacks import BestCheckpoint, LastCheckpoint, ProgressBar, RunRecord
 
 
 def wire_fit(config: dict[str, Any], task: LightningModule, folder: Path, resumed_at: int | None) -> None:
@@ -26,7 +26,7 @@ def wire_fit(config: dict[str, Any], task: LightningModule, folder: Path, resume
         monitor = getattr(task, "monitor", None)
         if monitor and not any(isinstance(c, ModelCheckpoint) and c.monitor for c in callbacks):
             mode = getattr(task, "monitor_mode", "max")
-            callbacks.append(ModelCheckpoint(None, "best", monitor, mode=mode, enable_version_counter=False))
+            callbacks.append(BestCheckpoint(monitor, mode))
         _add(callbacks, LastCheckpoint())
     _add_reports(callbacks, task)
     if config.get("enable_progress_bar") is not False:

@@ -1,5 +1,6 @@
-"""What a run shows and leaves behind: progress, the last checkpoint, pictures and its record; masks of heads."""
+"""What a run shows and leaves behind: progress, checkpoints, pictures and its record; masks of heads."""
 
+from zoo.tasks.callbacks.best import BestCheckpoint
 from zoo.tasks.callbacks.head_mask import HeadMask
 from zoo.tasks.callbacks.hedgehog_distillation import HedgehogDistillation
 from zoo.tasks.callbacks.last import LastCheckpoint
@@ -7,4 +8,12 @@ from zoo.tasks.callbacks.progress import ProgressBar
 from zoo.tasks.callbacks.report import RunReport
 from zoo.tasks.callbacks.run_record import RunRecord
 
-__all__ = ["HeadMask", "HedgehogDistillation", "LastCheckpoint", "ProgressBar", "RunRecord", "RunReport"]
+__all__ = [
+    "BestCheckpoint",
+    "HeadMask",
+    "HedgehogDistillation",
+    "LastCheckpoint",
+    "ProgressBar",
+    "RunRecord",
+    "RunReport",
+]
